@@ -1,0 +1,83 @@
+"""Everything mmchat raises on purpose.
+
+MmchatError                     catch this one
+├── ImageError (ValueError)     a picture cannot be read or cut
+├── PromptError (ValueError)    a conversation has no valid prompt
+├── ContextFull (ValueError)    the prompt and the answer do not fit the context
+├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
+├── StoreError                  the embedding store cannot be read or written
+├── SessionError (ValueError)   a session call that its state does not allow
+├── EngineBusy                  another answer is still being streamed by the same thread
+└── EngineError                 the engine failed
+    └── WorkerError             the process that runs it failed
+        ├── WorkerDied          it is gone (crash, kill, out of memory)
+        └── WorkerTimeout       it did not answer in time and was killed
+"""
+
+from __future__ import annotations
+
+
+class MmchatError(Exception):
+    """Base of every error below; its text is one line that a user can act on."""
+
+
+class ImageError(MmchatError, ValueError):
+    """A picture cannot be read or cut; the text names the picture and the reason."""
+
+
+class PromptError(MmchatError, ValueError):
+    """A conversation that no valid prompt can be made of."""
+
+
+class ContextFull(MmchatError, ValueError):
+    """The prompt and the room kept for the answer exceed the context.
+
+    n_prompt: rows of the prompt.  max_new_tokens: rows kept for the answer.  limit: rows allowed in all.
+    """
+
+    def __init__(self, n_prompt: int, max_new_tokens: int, limit: int) -> None:
+        self.n_prompt, self.max_new_tokens, self.limit = n_prompt, max_new_tokens, limit
+        super().__init__(
+            f"the prompt has {n_prompt} rows and keeps {max_new_tokens} for the answer, "
+            f"but the context holds {limit}: shorten the text, use fewer slices, or begin a new session"
+        )
+
+
+class ModelDirError(MmchatError, ValueError):
+    """A model folder, or a file in it, is missing, foreign or damaged."""
+
+
+class StoreError(MmchatError):
+    """The embedding store cannot be read or written."""
+
+
+class SessionError(MmchatError, ValueError):
+    """A session call that the session's state does not allow."""
+
+
+class EngineBusy(MmchatError):
+    """This thread is still streaming another answer from the same engine."""
+
+
+class EngineError(MmchatError):
+    """The engine failed; the text carries its own message."""
+
+
+class WorkerError(EngineError):
+    """A worker process failed.  name: which one.  log: the tail of what it wrote to stderr."""
+
+    def __init__(self, message: str, *, name: str, log: str = "") -> None:
+        self.name, self.log = name, log
+        super().__init__(message)
+
+
+class WorkerDied(WorkerError):
+    """A worker process is gone.  exit_code: as subprocess reports it (negative: killed by that signal)."""
+
+    def __init__(self, message: str, *, name: str, log: str = "", exit_code: int | None = None) -> None:
+        self.exit_code = exit_code
+        super().__init__(message, name=name, log=log)
+
+
+class WorkerTimeout(WorkerError):
+    """A worker process was silent for longer than its request allowed and was killed."""
