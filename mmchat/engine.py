@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
-from mmchat.errors import PromptError
+from mmchat.errors import ContextFull, PromptError
 
 StopReason = Literal["stop", "length", "cancelled"]
 
@@ -136,7 +136,20 @@ class Done:
     generate_s: float
 
 
-Event = Prefill | Token | Done
+@dataclass(frozen=True)
+class Restarted:
+    """The worker that ran the request died (why: its error) and another goes on where it was; only clients say so."""
+
+    why: str
+
+
+Event = Prefill | Token | Done | Restarted
+
+
+def check_fits(n_prompt: int, max_new_tokens: int, limit: int) -> None:
+    """The sequence cap, checked by the session and again by every engine.  Raises ContextFull."""
+    if n_prompt + max_new_tokens > limit:
+        raise ContextFull(n_prompt, max_new_tokens, limit)
 
 
 class Engine(Protocol):

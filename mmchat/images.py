@@ -105,7 +105,7 @@ def _to_rgb(image: Image, name: str, reference: bool, max_pixels: int) -> Image:
         raise ImageError(f"{name}: has no pixels ({width}x{height})")
     if width * height > max_pixels:
         raise ImageError(
-            f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; it was not decoded"
+            f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; not decoded"
         )
     try:
         image.load()

@@ -256,7 +256,7 @@ def _message(message: Any, where: str, sizes: Any, plan: Callable[[Size], SliceP
             parts.append(Picture(plan((size[0], size[1]))))
         else:
             raise PromptError(
-                f'{where}, part {number}: must be {{"type": "text", "text"}} or {{"type": "image", "size"}}, not {part!r}'
+                f'{where}, part {number}: {part!r} is no {{"type": "text", "text"}} or {{"type": "image", "size"}}'
             )
     return Message(message["role"], tuple(parts))
 

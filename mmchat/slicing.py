@@ -147,7 +147,7 @@ def _round_to(length: float, divisor: int) -> int:
 
 
 def _best_size(width: float, height: float, resolution: int, patch_size: int, *, upscale: bool) -> Size:
-    """About resolution² pixels in the same shape.  Height first, then width from the truncated height: not symmetric."""
+    """About resolution² pixels, same shape.  Height first, then width from the truncated height: not symmetric."""
     if upscale or width * height > resolution * resolution:
         ratio = width / height
         height = int(resolution / math.sqrt(ratio))
