@@ -316,3 +316,10 @@ class _Assembler:
     def finish(self) -> Prompt:
         self._flush()
         return Prompt(tuple(self._pieces), self._ids, self._spans)
+
+
+def picture_rows(plan: SlicePlan, tokenizer: ChatTokenizer, query_num: int, image_id: int | None = 0) -> int:
+    """Rows of the prompt that one picture takes, tags included."""
+    out = _Assembler(tokenizer, query_num)
+    out.picture(Picture(plan), image_id)
+    return out.finish().n_rows

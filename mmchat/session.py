@@ -18,12 +18,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, check_fits
+from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
 from mmchat.errors import MissingEmbeddings, SessionError
 from mmchat.images import read_image
 from mmchat.model_dir import ModelSpec
@@ -35,18 +35,6 @@ if TYPE_CHECKING:
     from mmchat.images import ImageSource
 
 
-class Vision(Protocol):
-    """What a session needs of the vision encoder."""
-
-    def encode(
-        self,
-        slices: Sequence[tuple[str, NDArray[np.uint8]]],
-        progress: Callable[[int, int], None],
-        should_stop: Callable[[], bool],
-    ) -> int:
-        """Put every slice's embedding into the store; returns how many restarts that took."""
-
-
 @dataclass(frozen=True)
 class Usage:
     """What an answer took.  Also readable as usage["n_prompt"].
@@ -54,7 +42,7 @@ class Usage:
     n_prompt = n_reused + n_prefilled: rows of the prompt, those found in the KV cache, those computed.
     n_new: tokens generated.  slices_encoded, slices_cached: encoder inputs computed for this answer, and those of
     its new pictures that the store had.  restarts: workers that died and were replaced meanwhile.
-    encode_s, prefill_s, generate_s, total_s: seconds; the total includes waiting for models to load.
+    encode_s, prefill_s, generate_s: seconds of work; total_s: of waiting, the loading of models included.
     """
 
     n_prompt: int = 0
@@ -239,6 +227,8 @@ class Session:
             keys = {key for image in [*self.images, *_images(parts)] for key in image.keys}
             with self._store.lease(keys):
                 self._encode(reply, prepared)
+                if reply.should_stop():
+                    return
                 for event in self._generate(reply, prompt, parts, shown):
                     if isinstance(event, Done):
                         done = event
@@ -272,9 +262,8 @@ class Session:
     def _encode_slices(self, reply: Reply, missing: dict[str, NDArray[np.uint8]]) -> None:
         if not missing:
             return
-        started = time.perf_counter()
-        restarts = self._vision.encode(list(missing.items()), reply.on_progress("encode"), reply.should_stop)
-        reply.count(slices_encoded=len(missing), restarts=restarts, encode_s=time.perf_counter() - started)
+        done = self._vision.encode(list(missing.items()), reply.on_progress("encode"), reply.should_stop)
+        reply.count(slices_encoded=done.n_slices, restarts=done.restarts, encode_s=done.seconds)
 
     def _generate(
         self, reply: Reply, prompt: Prompt, parts: Sequence[str | ImageHandle], shown: list[int]

@@ -5,6 +5,7 @@ Pixels go in, embeddings go to the store; only keys and progress come back.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmchat.child import Handler
+from mmchat.engine import Encoded
 from mmchat.errors import ImageError, WorkerError
 from mmchat.model_dir import ModelSpec
 from mmchat.store import Store
@@ -41,23 +43,23 @@ class VisionClient:
         slices: Sequence[tuple[str, NDArray[np.uint8]]],
         progress: Callable[[int, int], None] = lambda done, total: None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> int:
+    ) -> Encoded:
         """Put the embedding of every (key, pixels) into the store; those that are there are left alone.
 
-        progress: called with (slices done, slices in all).  Returns how many times the worker died and was
-        replaced: once is forgiven.
+        progress: called with (slices done, slices in all).  The worker may die once and is then replaced.
 
         Raises WorkerDied, WorkerTimeout, ImageError, StoreError.
         """
         todo = list(dict(slices).items())
-        total, done, restarts = len(todo), 0, 0
+        total, done, restarts, seconds = len(todo), 0, 0, 0.0
         while todo:
             batch = _batch(todo)
             request = {"slices": [_slice_to_wire(key, pixels) for key, pixels in batch]}
             n_done = 0
             try:
-                for _ in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
+                for event in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
                     n_done += 1
+                    seconds += event["seconds"]
                     progress(done + n_done, total)
             except WorkerError:
                 restarts += 1
@@ -67,7 +69,7 @@ class VisionClient:
             todo = todo[n_done:]
             if should_stop():
                 break
-        return restarts
+        return Encoded(done, seconds, restarts)
 
 
 def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
@@ -88,9 +90,10 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             if should_stop():
                 return
             pixels = _slice_from_wire(item, spec)
+            started = time.perf_counter()
             if not store.has(item["key"]):
                 store.put(item["key"], encoder.encode(pixels))
-            yield {"key": item["key"]}
+            yield {"key": item["key"], "seconds": time.perf_counter() - started}
 
     return {}, handle
 
