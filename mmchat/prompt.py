@@ -210,6 +210,13 @@ def build(
     """
     if not isinstance(tokenizer, ChatTokenizer):
         tokenizer = ChatTokenizer(tokenizer)
+    for name, value, kind in (
+        ("system_prompt", system_prompt, str),
+        ("use_image_id", use_image_id, bool),
+        ("max_slice_nums", max_slice_nums, int),
+    ):
+        if value is not None and type(value) is not kind:
+            raise PromptError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     if max_slice_nums is None:
         max_slice_nums = 9
     remaining = iter(sizes)

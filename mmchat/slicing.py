@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-# Below this a second thread costs more than it saves (measured: benchmarks/slicing.md).
+_LARGEST = 1_000_000_000
+
+# Below this a second thread costs more than it saves (measured: benchmarks/host.md).
 _PARALLEL_FROM_PX = 1_000_000
 
 
@@ -75,11 +77,11 @@ def plan_slices(
         never below one; where that leaves a strip one patch high that is still too long, its length is cut to
         max_patches.  Only very elongated pictures meet this (1056 patches hold every view up to 5.57:1).
 
-    Raises ImageError for sizes and limits below 1.
+    Raises ImageError for sizes and limits below 1 or above a billion.
     """
     for name, value in (("width", width), ("height", height), ("max_slice_nums", max_slice_nums)):
-        if value < 1:
-            raise ImageError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= value <= _LARGEST:
+            raise ImageError(f"{name} is {value}; it must be from 1 to {_LARGEST:,}")
     if patch_size < 1 or scale_resolution < patch_size or (max_patches is not None and max_patches < 1):
         raise ImageError(
             f"scale_resolution {scale_resolution}, patch_size {patch_size}, max_patches {max_patches}: need "

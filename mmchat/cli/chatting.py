@@ -94,6 +94,7 @@ class _Repl:
 
     def _ask(self, question: str) -> None:
         reply = self._session.ask(split_pictures(question), self._attached, **self._sampling)
+        n_turns = len(self._session.turns)
         previous = signal.getsignal(signal.SIGINT)
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -107,8 +108,8 @@ class _Repl:
             say("interrupted")
         finally:
             signal.signal(signal.SIGINT, previous)
-        if any(turn.text == reply.text_so_far for turn in self._session.turns[-1:]):
-            self._attached = []
+            if len(self._session.turns) > n_turns:  # else they wait for the next question
+                self._attached = []
 
     def _command(self, name: str, rest: str = "") -> None:
         if name == "/image":
