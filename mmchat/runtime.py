@@ -34,12 +34,17 @@ class Runtime:
         return self.llm.context_rows
 
     def session(
-        self, system: str | None = None, max_slice_nums: int | None = None, use_image_id: bool | None = None
+        self,
+        system: str | None = None,
+        max_slice_nums: int | None = None,
+        use_image_id: bool | None = None,
+        reference_pixels: bool = False,
     ) -> Session:
         """A new conversation.
 
-        system: the system prompt; None is the model's.  max_slice_nums: cells per picture at most; None is the
+        system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.
+        reference_pixels: read pictures exactly as the published processor does (mmchat.images says what differs).
 
         Raises ImageError for an impossible max_slice_nums.
         """
@@ -52,6 +57,7 @@ class Runtime:
             system=system,
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
+            reference_pixels=reference_pixels,
         )
 
     def close(self) -> None:

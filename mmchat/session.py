@@ -15,9 +15,11 @@ Vision.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 
 from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
 from mmchat.errors import MissingEmbeddings, SessionError
-from mmchat.images import read_image
+from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
 from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
@@ -109,13 +111,15 @@ class Session:
         system: str | None = None,
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
+        reference_pixels: bool = False,
     ) -> None:
-        """system: None or "" is the model's default.  max_slice_nums, use_image_id: None is the model's."""
+        """See Runtime.session."""
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine = vision, engine
         self.system = system
         self.max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
         self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
+        self.reference_pixels = reference_pixels
         self._plan((1, 1))  # refuses an impossible max_slice_nums now
         self._turns: list[Turn] = []
         self._n_images = 0
@@ -184,17 +188,21 @@ class Session:
         )
 
     def _prepare(self, source: ImageSource) -> _Prepared:
-        image = read_image(source)
-        plan = self._plan(image.size)
-        slices = slice_image(image, plan)
-        name = source if isinstance(source, str) else getattr(source, "name", "")
-        # What is kept to make the slices again: the file's bytes where there is a file, else the picture.
-        kept: Any = image if not isinstance(source, bytes) else source
-        if isinstance(source, str) or hasattr(source, "__fspath__"):
-            with open(source, "rb") as file:
-                kept = file.read()
+        name = ""
+        if isinstance(source, (str, os.PathLike)):
+            name = Path(source).name
+            with open_image(source):  # a clear error, before all of a file is read that is no picture
+                pass
+            source = Path(source).read_bytes()  # kept, for the file may be gone when slices must be made again
+        plan, slices = self._cut(source)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
-        return _Prepared(str(name).rsplit("/", 1)[-1], plan, keys, slices, lambda: slice_image(read_image(kept), plan))
+        kept = source
+        return _Prepared(name, plan, keys, slices, lambda: self._cut(kept)[1])
+
+    def _cut(self, source: ImageSource) -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
+        with open_image(source, reference=self.reference_pixels) as opened:
+            plan = self._plan(opened.size)
+            return plan, slice_image(opened.read(at_least=plan.refined or plan.source), plan)
 
     def _handle(self, prepared: _Prepared, number: int) -> ImageHandle:
         return ImageHandle(

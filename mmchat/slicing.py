@@ -29,7 +29,7 @@ Size = tuple[int, int]
 _LARGEST = 1_000_000_000
 
 # Below this a second thread costs more than it saves (measured: benchmarks/host.md).
-_PARALLEL_FROM_PX = 1_000_000
+_PARALLEL_FROM_PX = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,15 @@ def plan_slices(
 def slice_image(image: Image, plan: SlicePlan) -> list[NDArray[np.uint8]]:
     """The encoder's inputs, each (height, width, 3) uint8 and C-contiguous: the source, then the cells row by row.
 
-    image: of plan.size; other modes than RGB are converted as the reference does (mmchat.images has kinder rules).
+    image: of plan.size, or a JPEG of that size decoded at 1/2, 1/4 or 1/8; other modes than RGB are converted as the
+        reference does (mmchat.images has kinder rules).
     Source and cells are both scaled from the original, at the same time where there is more than one CPU.
 
     Raises ImageError where the plan is for another size.
     """
     from PIL.Image import Resampling
 
-    if image.size != plan.size:
+    if image.size not in {(-(-plan.size[0] // k), -(-plan.size[1] // k)) for k in (1, 2, 4, 8)}:
         raise ImageError(
             f"the plan is for {plan.size[0]}x{plan.size[1]}, the picture has {image.size[0]}x{image.size[1]}"
         )

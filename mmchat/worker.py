@@ -104,11 +104,8 @@ class Worker:
         self._closed = True
         if self._channel is not None:
             self._channel.close()
-        if self._process is not None:
-            try:
-                self._process.wait(_EXIT_GRACE_S)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        if self._facts is None:
+            self.kill()  # still loading: it would not notice that we are gone before it is done
         self._reap()
 
     @contextlib.contextmanager

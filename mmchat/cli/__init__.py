@@ -63,6 +63,7 @@ def ask(
     store: options.StoreFolder = None,
     context: options.Context = None,
     threads: options.Threads = None,
+    reference_pixels: options.ReferencePixels = False,
     stats: options.Stats = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -76,7 +77,7 @@ def ask(
         chatting.ask(
             words,
             options.Opening(model, engine, store, context, threads),
-            options.Talk(system, max_slices, stats, as_json),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json),
             options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
         )
 
@@ -99,6 +100,7 @@ def chat(
     store: options.StoreFolder = None,
     context: options.Context = None,
     threads: options.Threads = None,
+    reference_pixels: options.ReferencePixels = False,
     stats: options.Stats = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -112,7 +114,7 @@ def chat(
         chatting.chat(
             pictures or [],
             options.Opening(model, engine, store, context, threads),
-            options.Talk(system, max_slices, stats, as_json),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json),
             options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
         )
 

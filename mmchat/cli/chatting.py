@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ import mmchat
 from mmchat.cli.options import Opening, Talk, UsageError, say
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
-from mmchat.images import read_image
+from mmchat.images import open_image
 from mmchat.runtime import Runtime
 from mmchat.session import ImageHandle, Reply, Session
 from mmchat.transcript import save_transcript
@@ -48,9 +49,10 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
         raise UsageError("the question is empty: ask something")
     images = [sys.stdin.buffer.read() if picture == "-" else Path(picture) for picture in pictures]
     for image in images:  # before a model is loaded
-        read_image(image)
+        with open_image(image):
+            pass
     with _open(opening) as runtime:
-        session = runtime.session(system=talk.system, max_slice_nums=talk.max_slices)
+        session = _session(runtime, talk)
         reply = session.ask(split_pictures(question), images, **sampling)
         _show(reply, runtime, talk)
 
@@ -74,7 +76,7 @@ class _Repl:
     def __init__(self, runtime: Runtime, talk: Talk, sampling: dict[str, Any], attached: list[Path]) -> None:
         self._runtime, self._sampling, self._attached = runtime, sampling, attached
         self._talk = talk
-        self._session: Session = runtime.session(system=talk.system, max_slice_nums=talk.max_slices)
+        self._session: Session = _session(runtime, talk)
         self._stats = talk.stats
         self.n_failed = 0
 
@@ -103,7 +105,7 @@ class _Repl:
 
         signal.signal(signal.SIGINT, stop)
         try:
-            _show(reply, self._runtime, Talk(None, None, self._stats, self._talk.as_json))
+            _show(reply, self._runtime, replace(self._talk, stats=self._stats))
         except KeyboardInterrupt:
             say("interrupted")
         finally:
@@ -158,6 +160,10 @@ def _open(opening: Opening) -> Runtime:
     )
 
 
+def _session(runtime: Runtime, talk: Talk) -> Session:
+    return runtime.session(system=talk.system, max_slice_nums=talk.max_slices, reference_pixels=talk.reference_pixels)
+
+
 def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
     """Stream an answer to stdout, or print it as JSON when it is whole."""
     waiting = Waiting()
@@ -187,7 +193,8 @@ def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
 def _readable(picture: str) -> Path:
     """Raises ImageError now, not when the question is asked."""
     path = Path(picture).expanduser()
-    read_image(path)
+    with open_image(path) as opened:
+        opened.read()
     return path
 
 

@@ -31,6 +31,9 @@ StoreFolder = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(min=1, help="Rows of context, where less than the model's.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: the engine's choice]")]
+ReferencePixels = Annotated[
+    bool, typer.Option("--reference-pixels", help="Read pictures exactly as the published processor does.")
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Print a table of times after each answer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -52,6 +55,7 @@ class Talk:
 
     system: str | None
     max_slices: int | None
+    reference_pixels: bool
     stats: bool
     as_json: bool
 
