@@ -136,13 +136,16 @@ class Session:
         return [part for turn in self._turns for part in turn.parts if isinstance(part, ImageHandle)]
 
     def ask(
-        self, text: str | Sequence[str | ImageSource], images: Sequence[ImageSource] = (), **sampling: Any
+        self,
+        text: str | Sequence[str | ImageSource],
+        images: ImageSource | Sequence[ImageSource] = (),
+        **sampling: Any,
     ) -> Reply:
         """A question, with pictures before it.  Iterating over the Reply, or reading its text, runs it.
 
         text: the question; or a list of texts and pictures, where pictures stand within the text (in the list a str
             is text: name a file there by a pathlib.Path).
-        images: paths, file contents, PIL images or arrays (see mmchat.images.read_image).
+        images: one or a list: paths, file contents, PIL images or arrays (see mmchat.images.open_image).
         sampling: fields of mmchat.engine.Sampling; the model's own values are the defaults.
 
         Raises at once: ImageError, SessionError (no question), PromptError (sampling).  Raises when run: ContextFull,
@@ -151,7 +154,8 @@ class Session:
         parts: list[Any] = [text] if isinstance(text, str) else list(text)
         if not any(isinstance(part, str) and part.strip() for part in parts):
             raise SessionError("the question is empty: ask something")
-        prepared: list[str | _Prepared] = [self._prepare(image) for image in images]
+        pictures: Any = images if isinstance(images, (list, tuple)) else [images]
+        prepared: list[str | _Prepared] = [self._prepare(picture) for picture in pictures]
         prepared += [part if isinstance(part, str) else self._prepare(part) for part in parts]
         values = Sampling.from_dict({**self._spec.sampling.to_dict(), **sampling})
         return Reply(self, tuple(prepared), values)
