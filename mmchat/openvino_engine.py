@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 from mmchat.checkpoint import Checkpoint
 from mmchat.decoding import TextStream, choose, ids_of_text
 from mmchat.embed_table import EmbedTable
-from mmchat.engine import Done, Event, ImageRows, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
-from mmchat.errors import EngineError, MissingEmbeddings, ModelDirError, PromptError
+from mmchat.embedding import RowKey, assemble, common_prefix, row_keys
+from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
+from mmchat.errors import EngineError, ModelDirError, PromptError
 from mmchat.model_dir import LlmSpec
 from mmchat.openvino_graphs import build_llm
 from mmchat.prompt import ChatTokenizer
 
 PREFILL_CHUNK_ROWS = 256
-
-RowKey = int | tuple[str, int]  # a token id, or a row of an image embedding
 
 
 class OpenVinoEngine:
@@ -88,8 +87,8 @@ class OpenVinoEngine:
         check_fits(len(rows), sampling.max_new_tokens, self._context_rows)
         wanted = rows + list(resume_ids)
         # The last row is always computed: its output is what the first token is chosen from.
-        kept = min(_common_prefix(self._held, wanted), len(wanted) - 1)
-        embeds = self._embed([*pieces, Tokens(tuple(resume_ids))], kept)
+        kept = min(common_prefix(self._held, wanted), len(wanted) - 1)
+        embeds = assemble([*pieces, Tokens(tuple(resume_ids))], self._table, self._load_image, skip=kept)
         self._rewind(kept)
 
         generated = list(resume_ids)
@@ -142,39 +141,6 @@ class OpenVinoEngine:
             generate_s=time.perf_counter() - prefilled,
         )
 
-    def _embed(self, pieces: Sequence[Piece], skip: int) -> NDArray[np.float32]:
-        """Rows of all pieces but the first `skip` rows: (n, hidden) float32, C-contiguous.
-
-        Everything is checked here, before the model sees any of it.
-        """
-        total = sum(piece.n_rows for piece in pieces)
-        out = np.empty((total - skip, self._spec.hidden_size), np.float32)
-        missing: list[str] = []
-        at = -skip  # where the piece begins in out
-        for piece in pieces:
-            first = max(0, -at)  # rows of the piece that are in the cache already
-            at += piece.n_rows
-            if first >= piece.n_rows:
-                continue
-            target = out[at - piece.n_rows + first : at]
-            if isinstance(piece, Tokens):
-                self._table.rows(piece.ids[first:], out=target)
-                continue
-            image = self._load_image(piece.key)
-            if image is None:
-                missing.append(piece.key)
-                continue
-            if image.shape != (piece.n_rows, self._spec.hidden_size):
-                raise PromptError(
-                    f"an image embedding has shape {image.shape}; {(piece.n_rows, self._spec.hidden_size)} is needed"
-                )
-            if not np.isfinite(image).all():
-                raise PromptError(f"the image embedding {piece.key[:12]} holds values that are not finite")
-            target[...] = image[first:]
-        if missing:
-            raise MissingEmbeddings(missing)
-        return out
-
     def _feed(self, embeds: NDArray[np.float32], keys: list[RowKey]) -> NDArray[np.float32]:
         """Append rows to the KV cache; (vocab,) scores after the last of them."""
         past, n = len(self._held), len(embeds)
@@ -212,24 +178,3 @@ class OpenVinoEngine:
     def _compile(self) -> None:
         self._held = []
         self._request = self._core.compile_model(self._model, "CPU", self._properties).create_infer_request()
-
-
-def row_keys(pieces: Sequence[Piece]) -> list[RowKey]:
-    """What each row of a prompt is; two rows with equal keys after equal rows have equal KV entries.
-
-    Raises PromptError for a piece without rows of the right kind.
-    """
-    keys: list[RowKey] = []
-    for piece in pieces:
-        if isinstance(piece, Tokens):
-            keys += piece.ids
-        elif isinstance(piece, ImageRows) and piece.n_rows >= 1:
-            keys += [(piece.key, i) for i in range(piece.n_rows)]
-        else:
-            raise PromptError(f"{piece!r} is no piece of a prompt")
-    return keys
-
-
-def _common_prefix(a: Sequence[RowKey], b: Sequence[RowKey]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
