@@ -1,0 +1,552 @@
+"""store: what was put comes back whole or not at all, whoever else uses, damages, fills or kills."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from numpy.typing import NDArray
+
+from mmchat.errors import StoreError
+from mmchat.store import Store, StoreInfo, slice_key
+
+HEADER_BYTES = 64
+
+
+def key(n: int) -> str:
+    return f"{n:064x}"
+
+
+def rows(n_bytes: int = 1024, fill: float = 1.0) -> NDArray[np.float32]:
+    """An embedding whose file has this many bytes."""
+    return np.full(((n_bytes - HEADER_BYTES) // 4, 1), fill, np.float32)
+
+
+def file_of(store: Store, name: str) -> Path:
+    (path,) = store.root.glob(f"data/*/{name}")
+    return path
+
+
+def files(store: Store) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in store.root.glob("data/*/*")}
+
+
+def in_python(code: str, *arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """Another process with `store` opened on the folder that is its first argument."""
+    code = (
+        "import sys, os, numpy as np\nfrom mmchat.store import Store\nfrom mmchat.errors import StoreError\n"
+        "store = Store(sys.argv[1])\n" + code
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=preexec
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+# --- keys -------------------------------------------------------------------------------------------------------
+
+pictures = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3)))
+
+
+@given(pictures, pictures, st.text(max_size=4), st.text(max_size=4))
+def test_a_key_is_the_slices_content(first: Any, second: Any, one: str, other: str) -> None:
+    """Same pixels, size and encoder, same key; anything else, another."""
+    same = first.shape == second.shape and (first == second).all()
+    assert (slice_key(first, one) == slice_key(second, one)) == same
+    assert (slice_key(first, one) == slice_key(first, other)) == (one == other)
+    assert slice_key(np.asfortranarray(first), one) == slice_key(first.copy(), one)
+
+
+def test_a_key_depends_on_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each single pixel value, on the shape where the bytes are the same, on the preprocessing's version."""
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    keys = {slice_key(pixels, "e"), slice_key(pixels.reshape(3, 2, 3), "e"), slice_key(pixels.reshape(1, 6, 3), "e")}
+    for at in np.ndindex(pixels.shape):
+        changed = pixels.copy()
+        changed[at] = 1
+        keys.add(slice_key(changed, "e"))
+    monkeypatch.setattr("mmchat.store.PREPROCESSING_VERSION", 2)
+    keys.add(slice_key(pixels, "e"))
+    assert len(keys) == 3 + pixels.size + 1
+    assert all(len(k) == 64 and set(k) <= set("0123456789abcdef") for k in keys)
+
+
+# --- one process ------------------------------------------------------------------------------------------------
+
+
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)))
+def test_what_was_put_comes_back(store: Store, values: NDArray[np.float32]) -> None:
+    """Bit for bit, NaN included; read-only; and in a store opened later."""
+    store.clear()
+    assert not store.has(key(1))
+    assert store.get(key(1)) is None
+    store.put(key(1), values)
+    for opened in (store, Store(store.root)):
+        assert opened.has(key(1))
+        read = opened.get(key(1))
+        assert read is not None
+        assert read.dtype == np.float32
+        assert read.shape == values.shape
+        assert not read.flags.writeable
+        assert read.tobytes() == values.tobytes()
+    size = HEADER_BYTES + values.nbytes
+    assert store.info() == StoreInfo(1, size, store.cap_bytes)
+
+
+def test_arrays_of_any_layout_are_kept(store: Store) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for n, array in enumerate((values.T, values[::-1, ::2], np.asfortranarray(values), np.zeros((0, 4), np.float32))):
+        store.put(key(n), array)
+        read = store.get(key(n))
+        assert read is not None
+        np.testing.assert_array_equal(read, array)
+
+
+def test_a_key_that_is_there_is_left_as_it_is(store: Store) -> None:
+    store.put(key(1), rows(fill=1))
+    store.put(key(1), rows(fill=2))
+    read = store.get(key(1))
+    assert read is not None
+    assert (read == 1).all()
+    assert store.info().n_files == 1
+    assert list(store.root.glob("tmp/*")) == []
+
+
+def test_an_array_outlives_its_file(store: Store) -> None:
+    """Removing a file under a reader is harmless."""
+    store.put(key(1), rows(fill=3))
+    read = store.get(key(1))
+    store.clear()
+    assert store.get(key(1)) is None
+    assert read is not None
+    assert (read == 3).all()
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "x", "0" * 63, "0" * 65, "0" * 63 + "g", "A" * 64, "../" + "0" * 61, key(1) + "\n"]
+)
+def test_keys_that_are_none_are_refused(store: Store, bad: str) -> None:
+    """They would be paths."""
+    calls: list[Callable[[], object]] = [
+        lambda: store.has(bad),
+        lambda: store.get(bad),
+        lambda: store.put(bad, rows()),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="not a key"):
+            call()
+
+
+@pytest.mark.parametrize("offset", [0, 8, 12, 16, 20, 24, HEADER_BYTES, HEADER_BYTES + 500, -1])
+def test_a_flipped_byte_is_noticed(store: Store, offset: int) -> None:
+    """Anywhere that means something: the file is removed, the key is free again."""
+    store.put(key(1), rows())
+    path = file_of(store, key(1))
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+    assert store.get(key(1)) is None
+    assert not path.exists()
+    assert not store.has(key(1))
+    store.put(key(1), rows(fill=5))
+    read = store.get(key(1))
+    assert read is not None
+    assert (read == 5).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 4, 1023, 1025, 5000])
+def test_another_length_is_noticed(store: Store, size: int) -> None:
+    """By has() too; what it removes is gone for get(), and the other way round."""
+    for ask in (store.has, store.get):
+        store.put(key(1), rows())
+        path = file_of(store, key(1))
+        os.truncate(path, size)
+        assert not ask(key(1))
+        assert not path.exists()
+
+
+def test_has_does_not_read_what_get_does(store: Store) -> None:
+    """A broken checksum is get's affair: has() says yes, get() removes, has() says no."""
+    store.put(key(1), rows())
+    path = file_of(store, key(1))
+    path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
+    assert store.has(key(1))
+    assert store.get(key(1)) is None
+    assert not store.has(key(1))
+
+
+@given(st.binary(max_size=200))
+def test_a_file_of_any_content_is_noticed(store: Store, content: bytes) -> None:
+    store.put(key(1), rows())
+    file_of(store, key(1)).write_bytes(content)
+    assert store.get(key(1)) is None
+    assert store.info().n_files == 0
+
+
+# --- the bound --------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    """Writing, has() and get() all count as use."""
+    store = Store(tmp_path / "store", cap_bytes=4 * 1024)
+    for n in range(4):
+        store.put(key(n), rows())
+        os.utime(file_of(store, key(n)), (n, n))
+    store.has(key(0))
+    store.get(key(1))
+    store.put(key(9), rows())
+    assert set(files(store)) == {key(0), key(1), key(9)}
+
+
+def test_an_embedding_larger_than_the_store_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", cap_bytes=1024)
+    store.put(key(1), rows(1024))
+    with pytest.raises(StoreError, match="cap"):
+        store.put(key(2), rows(1028))
+    assert store.has(key(1))
+    with pytest.raises(StoreError, match="cap is 0 bytes"):
+        Store(tmp_path / "other", cap_bytes=0)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A small store against a plain dict with times of use; times are set, never waited for."""
+
+    CAP = 8 * 1024
+
+    @initialize()
+    def open(self) -> None:
+        import tempfile
+
+        self.root = Path(tempfile.mkdtemp())
+        self.store = Store(self.root, self.CAP)
+        self.clock = 0
+        self.kept: dict[str, int] = {}  # bytes
+        self.used: dict[str, int] = {}
+        self.leases: list[tuple[Any, set[str]]] = []
+
+    def teardown(self) -> None:
+        if hasattr(self, "root"):
+            while self.leases:
+                self.end_lease()
+            shutil.rmtree(self.root)
+
+    def use(self, name: str) -> None:
+        self.clock += 1
+        self.used[name] = self.clock
+        os.utime(file_of(self.store, name), (self.clock, self.clock))
+
+    def leased(self) -> set[str]:
+        return {name for _, names in self.leases for name in names}
+
+    @rule(n=st.integers(0, 9), size=st.integers(16, 1600).map(lambda n: 4 * n))
+    def put(self, n: int, size: int) -> None:
+        name = key(n)
+        self.store.put(name, rows(size, n))
+        if name in self.kept:
+            return
+        if sum(self.kept.values()) + size > self.CAP:  # down to 0.9 of the cap, this one included
+            for old in sorted(self.kept, key=self.used.__getitem__):
+                if sum(self.kept.values()) <= int(self.CAP * 0.9) - size:
+                    break
+                if old not in self.leased():
+                    del self.kept[old]
+        self.kept[name] = size
+        self.use(name)
+        assert self.store.info().n_bytes <= self.CAP or set(self.kept) - {name} <= self.leased()
+
+    @rule(n=st.integers(0, 9))
+    def has(self, n: int) -> None:
+        assert self.store.has(key(n)) == (key(n) in self.kept)
+        if key(n) in self.kept:
+            self.use(key(n))
+
+    @rule(n=st.integers(0, 9))
+    def get(self, n: int) -> None:
+        read = self.store.get(key(n))
+        assert (read is not None) == (key(n) in self.kept)
+        if read is not None:
+            assert (read == n).all()
+            self.use(key(n))
+
+    @rule(n=st.integers(0, 9))
+    def damage(self, n: int) -> None:
+        if key(n) in self.kept:
+            os.truncate(file_of(self.store, key(n)), self.kept.pop(key(n)) - 1)
+            assert self.store.get(key(n)) is None
+
+    @rule(names=st.sets(st.integers(0, 9).map(key), max_size=3))
+    def begin_lease(self, names: set[str]) -> None:
+        lease = self.store.lease(names)
+        lease.__enter__()
+        self.leases.append((lease, names))
+
+    @rule()
+    def end_lease(self) -> None:
+        if self.leases:
+            self.leases.pop(0)[0].__exit__(None, None, None)
+
+    @rule()
+    def clear(self) -> None:
+        self.store.clear()
+        self.kept = {name: size for name, size in self.kept.items() if name in self.leased()}
+
+    @rule(garbage=st.sampled_from([None, b"", b"many", b"\xff", b"1e3"]))
+    def lose_the_total(self, garbage: bytes | None) -> None:
+        """The side file is a shortcut: without it the files are counted."""
+        (self.root / "total").unlink(missing_ok=True)
+        if garbage is not None:
+            (self.root / "total").write_bytes(garbage)
+
+    @rule()
+    def reopen(self) -> None:
+        self.store = Store(self.root, self.CAP)
+
+    @invariant()
+    def same_files(self) -> None:
+        if hasattr(self, "kept"):
+            assert files(self.store) == self.kept
+            info = self.store.info()
+            assert (info.n_files, info.n_bytes) == (len(self.kept), sum(self.kept.values()))
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=max(25, settings().max_examples // 2), stateful_step_count=30)
+
+
+def test_a_lost_total_is_counted_again(tmp_path: Path) -> None:
+    """Also where the next thing that happens is the removal of a damaged file."""
+    store = Store(tmp_path / "store", cap_bytes=3 * 1024)
+    store.put(key(1), rows())
+    store.put(key(2), rows())
+    (store.root / "total").unlink()
+    os.truncate(file_of(store, key(1)), 100)
+    assert store.get(key(1)) is None
+    assert (store.root / "total").read_text() == "1024"
+
+
+def test_a_total_that_is_too_small_does_not_break_the_bound_for_good(tmp_path: Path) -> None:
+    """As after a process was killed between keeping a file and counting it."""
+    store = Store(tmp_path / "store", cap_bytes=4 * 1024)
+    for n in range(4):
+        store.put(key(n), rows())
+    (store.root / "total").write_text("0")
+    for n in range(4, 12):
+        store.put(key(n), rows())
+    assert store.info().n_bytes <= 4 * 1024 + 4 * 1024
+    store.clear()
+    assert store.info().n_bytes == 0
+
+
+# --- leases -----------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_protects_while_it_is_held(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", cap_bytes=4 * 1024)
+    for n in range(3):
+        store.put(key(n), rows())
+    with store.lease([key(0), key(1)]), Store(store.root).lease([key(0), key(77)]):
+        store.clear()
+        assert set(files(store)) == {key(0), key(1)}
+        for n in range(3, 9):
+            store.put(key(n), rows())
+        assert {key(0), key(1)} <= set(files(store))
+        assert store.info().n_bytes <= 4 * 1024
+    store.clear()
+    assert files(store) == {}
+    assert list(store.root.glob("leases/*")) == []
+
+
+def test_a_lease_ends_with_an_error_in_it(store: Store) -> None:
+    store.put(key(1), rows())
+    with pytest.raises(RuntimeError, match="mine"), store.lease([key(1)]):
+        raise RuntimeError("mine")
+    store.clear()
+    assert files(store) == {}
+
+
+def test_a_lease_of_another_process_counts_until_it_is_killed(store: Store) -> None:
+    """kill -9 leaves the lease's file behind, and nobody heeds it."""
+    store.put(key(1), rows())
+    code = f"with store.lease(['{key(1)}']):\n    print('held', flush=True)\n    sys.stdin.read()"
+    with in_python(code, store.root) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        store.clear()
+        assert store.has(key(1))
+        process.kill()
+        process.wait()
+        assert list(store.root.glob("leases/*")) != []
+        store.clear()
+        assert not store.has(key(1))
+        assert list(store.root.glob("leases/*")) == []
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def work(root: Path, seed: int, cap_bytes: int) -> None:
+    """Puts, gets and leases at random; every array that comes back must be whole."""
+    store = Store(root, cap_bytes)
+    random = np.random.default_rng(seed)
+    for _ in range(150):
+        n = int(random.integers(0, 30))
+        with store.lease([key(n)]):
+            if not store.has(key(n)):
+                store.put(key(n), rows(1024 + 4 * n, n))
+            read = store.get(key(n))
+            assert read is not None, "a leased file vanished"
+            assert (read == n).all()
+
+
+def test_processes_share_a_store(tmp_path: Path) -> None:
+    """Four at once, with room for a third of what they keep: never a torn file, never above the cap at the end."""
+    cap = 10 * 1024
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(tmp_path / "store", seed, cap)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    store = Store(tmp_path / "store", cap)
+    assert 0 < store.info().n_bytes <= cap
+    assert int((store.root / "total").read_text()) == store.info().n_bytes
+    assert list(store.root.glob("tmp/*")) == list(store.root.glob("leases/*")) == []
+
+
+@pytest.mark.parametrize("at", ["os.replace", "Path.write_bytes", "Store._set_total", "Store._evict"])
+def test_a_writer_killed_in_mid_put_leaves_a_usable_store(tmp_path: Path, at: str) -> None:
+    """kill -9 at each step of put: the lock is free, what is there is whole, clear() empties it."""
+    store = Store(tmp_path / "store", cap_bytes=5 * 1024)
+    for n in range(4):
+        store.put(key(n), rows(fill=n))
+    code = f"""
+import signal
+from pathlib import Path
+store.cap_bytes = 5 * 1024
+name = {at!r}
+owner, attribute = {{"os": os, "Path": Path, "Store": Store}}[name.split(".")[0]], name.split(".")[1]
+def die(*arguments):
+    if name == "Path.write_bytes":
+        with arguments[0].open("wb") as file:
+            file.write(arguments[1][:100])
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, attribute, die)
+store.put("{key(50)}", np.ones((500, 1), np.float32))
+"""
+    with in_python(code, store.root) as process:
+        assert process.wait() == -signal.SIGKILL
+    for n in [50, *range(4)]:
+        read = store.get(key(n))
+        assert read is None or (read == (1 if n == 50 else n)).all()
+    for n in range(10, 20):
+        store.put(key(n), rows(fill=n))
+        assert store.has(key(n))
+    assert store.info().n_bytes <= 2 * 5 * 1024
+    store.clear()
+    assert store.info() == StoreInfo(0, 0, 5 * 1024)
+
+
+def test_leftovers_of_killed_writers_go_in_time(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", cap_bytes=2 * 1024)
+    old, young = store.root / "tmp" / "1-1", store.root / "tmp" / "1-2"
+    old.write_bytes(b"x")
+    young.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    store.clear()
+    assert not old.exists()
+    assert young.exists()
+
+
+# --- disks and folders ------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_and_survived(store: Store) -> None:
+    """The file size limit stands for a full disk: StoreError, nothing left behind, what was there still there."""
+    store.put(key(1), rows())
+    code = f"""
+try:
+    store.put("{key(2)}", np.ones((100_000, 1), np.float32))
+except StoreError as error:
+    print(error)
+print(store.has("{key(1)}"), store.get("{key(2)}"), list((store.root / "tmp").iterdir()))
+"""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    with in_python(code, store.root, preexec=limit) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0
+    assert f"{store.root}: embedding not kept (File too large)" in output
+    assert output.endswith("True None []\n")
+    store.put(key(2), rows())
+    assert store.info().n_files == 2
+
+
+@pytest.mark.parametrize("part", ["", "data", "tmp", "leases"])
+def test_a_file_in_a_folders_place_is_named(tmp_path: Path, part: str) -> None:
+    (tmp_path / "store").mkdir()
+    path = tmp_path / "store" / part if part else tmp_path / "file"
+    path.write_text("in the way")
+    with pytest.raises(StoreError, match="no place for embeddings") as caught:
+        Store(tmp_path / "store" if part else path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_root_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="no place for embeddings"):
+        Store(tmp_path / "file" / "store")
+
+
+def test_a_folder_that_cannot_be_read_is_named(store: Store) -> None:
+    """A folder in an embedding's place stands for a file that may not be read (root may read all)."""
+    (store.root / "data" / key(1)[:2] / key(1)).mkdir(parents=True)
+    for call in (store.has, store.get):
+        with pytest.raises(StoreError, match="cannot be read"):
+            call(key(1))
+
+
+def test_a_store_deleted_meanwhile_is_a_store_error(store: Store) -> None:
+    """A user cleans the cache under a running program."""
+    store.put(key(1), rows())
+    shutil.rmtree(store.root)
+    assert not store.has(key(1))
+    assert store.get(key(1)) is None
+    calls: list[Callable[[], object]] = [
+        lambda: store.put(key(2), rows()),
+        lambda: store.lease([key(1)]).__enter__(),
+        store.info,
+        store.clear,
+    ]
+    for call in calls:
+        with pytest.raises(StoreError):
+            call()
+
+
+def test_only_the_owner_may_look(store: Store) -> None:
+    """Embeddings tell what a user's pictures show."""
+    store.put(key(1), rows())
+    folders = [store.root, store.root / "data", file_of(store, key(1)).parent]
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders[1:])
