@@ -132,7 +132,8 @@ def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     stored = upright.transpose(turned[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
+    careful: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    options = careful.get(kind, {})
     seen = read_image(encoded(stored, kind, exif=exif, **options))
     assert seen.size == upright.size
     assert np.abs(np.asarray(seen).astype(int) - np.asarray(upright)).max() <= (20 if kind == "JPEG" else 0)
@@ -251,7 +252,8 @@ def test_one_pixel_strips_of_every_format(kind: str, size: tuple[int, int]) -> N
 
 def test_of_an_animation_the_first_frame_is_taken() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+    kinds: dict[str, dict[str, Any]] = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}}
+    for kind, options in kinds.items():
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert pixels(data) == [[[255, 0, 0]] * 4] * 4, kind
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def test_squares_of_six_cells_hang_on_one_ulp() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, int], named: str) -> None:
     with pytest.raises(ImageError, match=named):
-        plan_slices(**{"width": 10, "height": 10, **arguments})  # type: ignore[arg-type]
+        plan_slices(**{"width": 10, "height": 10, **arguments})
 
 
 def naive_slices(image: Image.Image, plan: SlicePlan) -> list[NDArray[np.uint8]]:
@@ -229,7 +230,7 @@ def test_slices_equal_plain_pil(width: int, height: int, max_slice_nums: int, ma
 @pytest.mark.parametrize("size", [(1100, 950), (700, 1600), (4000, 260)])
 def test_slices_made_in_two_threads_equal_plain_pil(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the threshold source and cells are scaled at the same time, whatever this machine's CPUs."""
-    monkeypatch.setattr(slicing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert size[0] * size[1] >= slicing._PARALLEL_FROM_PX
     check_slices(noise(*size), plan_slices(*size))
 
