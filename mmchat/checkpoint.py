@@ -58,10 +58,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         tensors = {
             name: TensorInfo(
-                entry["dtype"],
-                tuple(int(n) for n in entry["shape"]),
-                data + int(entry["data_offsets"][0]),
-                data + int(entry["data_offsets"][1]),
+                str(entry["dtype"]),
+                tuple(_size(n) for n in entry["shape"]),
+                data + _size(entry["data_offsets"][0]),
+                data + _size(entry["data_offsets"][1]),
             )
             for name, entry in entries.items()
         }
@@ -73,12 +73,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ModelDirError(f"{path}: {what}: the header needs {end} bytes, the file has {size}")
     for name, info in tensors.items():
         item = np.dtype(_NUMPY[info.dtype]).itemsize if info.dtype in _NUMPY else None
-        bad_shape = any(n < 0 for n in info.shape)
-        if info.start < data or bad_shape or (item and info.end - info.start != item * prod(info.shape)):
+        if info.end < info.start or (item and info.end - info.start != item * prod(info.shape)):
             raise ModelDirError(
                 f"{path}: tensor {name!r} has {info.end - info.start} bytes for {info.dtype} {info.shape}"
             )
     return tensors
+
+
+def _size(value: Any) -> int:
+    """A size or offset that numpy can take.  Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 class TensorFile:
@@ -143,8 +149,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("files beside the index, by name")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ModelDirError(f"{index}: not the index of a sharded checkpoint") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

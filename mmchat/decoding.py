@@ -29,7 +29,8 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, generated: Sequence[
     order = np.argsort(-scores, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    weights = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
+    with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best impossible
+        weights = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p < 1.0:
         keep = int(np.searchsorted(weights.cumsum(), sampling.top_p)) + 1
@@ -53,10 +54,10 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += self._decoder.decode(self._token_bytes(token))
-        found = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
-        if found >= 0:
+        found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]
+        if found:
             self.stopped = True
-            return self._release(found)
+            return self._release(min(found)[1])  # the one that was complete first, however the tokens fall
         return self._release(len(self._held) - self._open_stop())
 
     def finish(self) -> str:

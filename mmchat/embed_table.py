@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.checkpoint import Checkpoint, TensorFile, to_float32, write_tensors
+from mmchat.checkpoint import Checkpoint, TensorFile, TensorInfo, to_float32, write_tensors
 from mmchat.errors import ModelDirError, PromptError
 
 _SUFFIX = "embed_tokens.weight"
@@ -48,9 +48,7 @@ class EmbedTable:
         names = [name for name in file.tensors if name.endswith(_SUFFIX)]
         if len(names) != 1:
             raise ModelDirError(f"{path}: has {len(names)} tensors named *{_SUFFIX}; an embedding table has one")
-        info = file.tensors[names[0]]
-        if info.dtype not in _FLOATS or len(info.shape) != 2 or 0 in info.shape:
-            raise ModelDirError(f"{path}: {names[0]} is {info.dtype} {list(info.shape)}; float rows are needed")
+        _check_rows(file.tensors[names[0]], f"{path}: {names[0]}")
         return cls(file.array(names[0]), Path(path))
 
     def rows(
@@ -60,14 +58,17 @@ class EmbedTable:
 
         Raises PromptError: an id that the table does not have, or out of another shape or type.
         """
-        wanted = np.asarray(ids if len(ids) else np.empty(0, np.int64))
+        try:
+            wanted = np.asarray(ids if len(ids) else np.empty(0, np.int64))
+        except ValueError:
+            raise PromptError("token ids are whole numbers in one list, not lists of several lengths") from None
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
             raise PromptError(f"token ids are whole numbers in one list, not {wanted.dtype} of shape {wanted.shape}")
         shape = (len(wanted), self.width)
         if out is None:
             out = np.empty(shape, np.float32)
-        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise PromptError(f"out must be C-contiguous float32 {shape}, not {out.dtype} {out.shape}")
+        elif out.shape != shape or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.writeable):
+            raise PromptError(f"out must be writable C-contiguous float32 {shape}, not {out.dtype} {out.shape}")
         if len(wanted) == 0:
             return out
         low, high = int(wanted.min()), int(wanted.max())
@@ -80,6 +81,11 @@ class EmbedTable:
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(lambda part: _gather(self._table, *part), parts))
         return out
+
+
+def _check_rows(info: TensorInfo, what: str) -> None:
+    if info.dtype not in _FLOATS or len(info.shape) != 2 or 0 in info.shape:
+        raise ModelDirError(f"{what} is {info.dtype} {list(info.shape)}; float rows are needed")
 
 
 def _gather(table: NDArray[Any], ids: NDArray[Any], out: NDArray[np.float32]) -> None:
@@ -126,8 +132,7 @@ def build_table(checkpoint: str | Path, path: str | Path, progress: Callable[[in
     if len(names) != 1:
         raise ModelDirError(f"{checkpoint}: has {len(names)} tensors named *{_SUFFIX}; exactly one is needed")
     info, table = source.info(names[0]), source.array(names[0])
-    if info.dtype not in _FLOATS or len(info.shape) != 2:
-        raise ModelDirError(f"{checkpoint}: {names[0]} is {info.dtype} {list(info.shape)}; float rows are needed")
+    _check_rows(info, f"{checkpoint}: {names[0]}")
 
     def chunks() -> Iterator[bytes]:
         step = max(1, 16_000_000 // (table.shape[1] * table.itemsize))

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,9 +50,11 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, I
 class OpenedImage:
     """A picture whose header was read: its size is known, its pixels are not decoded yet."""
 
-    def __init__(self, image: Image, name: str, *, reference: bool, max_pixels: int, owned: bool) -> None:
-        """owned: close the image in the end.  Raises ImageError where the size is bad."""
-        self._image, self._name, self._reference, self._owned = image, name, reference, owned
+    def __init__(
+        self, image: Image, name: str, *, reference: bool, max_pixels: int, file: IO[bytes] | None = None
+    ) -> None:
+        """file: to be closed in the end.  Raises ImageError where the size is bad."""
+        self._image, self._name, self._reference, self._file = image, name, reference, file
         width, height = image.size
         if width < 1 or height < 1:
             raise ImageError(f"{name}: has no pixels ({width}x{height})")
@@ -91,8 +93,8 @@ class OpenedImage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._owned:
-            self._image.__exit__(kind, error, trace)  # the file only: close() would take the pixels along
+        if self._file is not None:
+            self._file.close()
 
 
 def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -108,23 +110,27 @@ def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
 
     rules: dict[str, Any] = {"reference": reference, "max_pixels": max_pixels}
     if isinstance(source, pil.Image):
-        return OpenedImage(source, "the image", **rules, owned=False)
+        return OpenedImage(source, "the image", **rules)
     if isinstance(source, np.ndarray):
-        return OpenedImage(_from_array(source), "the array", **rules, owned=True)
+        return OpenedImage(_from_array(source), "the array", **rules)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = f"the picture ({len(source)} bytes)"
-        return OpenedImage(_header(io.BytesIO(source), name, max_pixels), name, **rules, owned=True)
+        return OpenedImage(_header(io.BytesIO(source), name, max_pixels), name, **rules)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         try:
-            path.open("rb").close()
+            file = path.open("rb")
         except FileNotFoundError:
             raise ImageError(f"{path}: no such file") from None
         except IsADirectoryError:
             raise ImageError(f"{path}: is a folder, not a picture") from None
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise ImageError(f"{path}: cannot be read ({error})") from None
-        return OpenedImage(_header(path, str(path), max_pixels), str(path), **rules, owned=True)
+        try:
+            return OpenedImage(_header(file, str(path), max_pixels), str(path), **rules, file=file)
+        except BaseException:
+            file.close()
+            raise
     raise ImageError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
 
 
@@ -143,8 +149,7 @@ def _header(file: Any, name: str, max_pixels: int) -> Image:
     for plugin in _PLUGINS:  # these only: Image.open would otherwise import every plug-in there is
         import_module(f"PIL.{plugin}ImagePlugin")
     try:
-        with _damage_told(name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides
+        with _damage_told(name):
             return pil.open(file, formats=_FORMATS)
     except pil.DecompressionBombError:
         raise ImageError(f"{name}: has more pixels than are safe to decode (limit {max_pixels:,})") from None
@@ -158,7 +163,8 @@ def _damage_told(name: str) -> Iterator[None]:
     from PIL import UnidentifiedImageError
 
     try:
-        yield
+        with _warnings_kept():
+            yield
     except (ImageError, UnidentifiedImageError):
         raise
     except _BROKEN as error:
@@ -166,10 +172,19 @@ def _damage_told(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: truncated or damaged picture ({reason})") from None
 
 
+@contextlib.contextmanager
+def _warnings_kept() -> Iterator[None]:
+    """Pillow warns of sizes (max_pixels decides) and of damaged EXIF (then there is none): nothing for users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _orientation(image: Image) -> int:
     """EXIF orientation, 1 (upright) to 8; damaged EXIF counts as none."""
     try:
-        value = image.getexif().get(0x0112, 1)
+        with _warnings_kept():
+            value = image.getexif().get(0x0112, 1)
     except _BROKEN:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -194,7 +209,7 @@ def _scale_grey(image: Image) -> Image:
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=np.finfo(np.float32).max).clip(min=0)
     top = float(values.max())
-    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillows open 16-bit PNG as "I"
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # which may open as "I" with 16 bits
         full = 65535.0
     else:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
@@ -206,6 +221,7 @@ def _from_array(array: NDArray[Any]) -> Image:
     from PIL import Image as pil
 
     shape = array.shape
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:

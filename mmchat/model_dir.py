@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmchat.checkpoint import Checkpoint
+from mmchat.checkpoint import Checkpoint, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
 
@@ -121,6 +122,7 @@ def open_model(name: str | Path) -> ModelSpec:
             f"{folder}: lacks {', '.join(missing)}; a model folder is a checkpoint as published: "
             f"{', '.join(needed)} and *.safetensors"
         )
+    weight_files(folder)
     config = _Json(folder / "config.json")
     processor = _Json(folder / "preprocessor_config.json")
     vision = config.inner("vision_config")
@@ -160,6 +162,8 @@ def open_model(name: str | Path) -> ModelSpec:
         (hidden_size % llm.n_heads == 0 and llm.n_heads % llm.n_kv_heads == 0, "attention heads do not divide"),
         (tower.hidden_size % tower.n_heads == 0, "vision attention heads do not divide"),
         (hidden_size % tower.resampler_heads == 0, "resampler heads do not divide"),
+        (tower.position_side >= 1, f"image_size is below the patch size of {patch_size}"),
+        (slices.scale_resolution >= patch_size, f"scale_resolution is below the patch size of {patch_size}"),
         (slices.patch_size == patch_size, f"patch_size is {patch_size} here and {slices.patch_size} in the processor"),
     ):
         if not good:
@@ -199,7 +203,7 @@ class _Json:
                 values = json.loads(path.read_text(encoding="utf-8"))
             except OSError as error:
                 raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ModelDirError(f"{path}: not JSON ({error})") from None
             if not isinstance(values, dict):
                 raise ModelDirError(f"{path}: not a JSON object")
@@ -219,6 +223,6 @@ class _Json:
 
     def number(self, name: str) -> float:
         value = self.values.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ModelDirError(f"{self.path}: {name!r} is {value!r}; a number above 0 is needed")
         return float(value)

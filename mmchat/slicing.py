@@ -184,5 +184,4 @@ def _shrink(size: Size, patch_size: int, max_patches: int | None) -> Size:
         return size
     factor = math.sqrt(max_patches / (columns * rows))
     columns, rows = max(1, int(columns * factor)), max(1, int(rows * factor))
-    columns, rows = min(columns, max_patches // rows), min(rows, max_patches // columns)
-    return columns * patch_size, rows * patch_size
+    return min(columns, max_patches) * patch_size, min(rows, max_patches) * patch_size

@@ -72,8 +72,7 @@ class Store:
             raise StoreError(f"the store's cap is {cap_bytes} bytes; it must be at least 1")
         self.root, self.cap_bytes = Path(root), cap_bytes
         try:
-            for name in ("data", "leases", "tmp"):
-                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folders()
             with self._lock():
                 pass
         except OSError as error:
@@ -129,8 +128,9 @@ class Store:
         header = _HEADER.pack(_MAGIC, _FORMAT, rows.shape[0], rows.shape[1], zlib.crc32(data), len(data))
         temporary = self.root / "tmp" / f"{os.getpid()}-{next(self._lease_numbers)}"
         try:
+            with self._lock():
+                path.parent.mkdir(mode=0o700, exist_ok=True)
             temporary.write_bytes(header + data)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
             with self._lock():
                 if path.exists():
                     temporary.unlink()
@@ -163,7 +163,8 @@ class Store:
             file.close()
 
     def info(self) -> StoreInfo:
-        entries = list(self._entries())
+        with self._lock():
+            entries = list(self._entries())
         return StoreInfo(len(entries), sum(size for _, size, _ in entries), self.cap_bytes)
 
     def clear(self) -> None:
@@ -178,9 +179,15 @@ class Store:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
+        if not (self.root / "tmp").is_dir():  # a user cleaned the cache under a running program
+            self._make_folders()
         with (self.root / "lock").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _make_folders(self) -> None:
+        for name in ("data", "leases", "tmp"):
+            (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _total(self) -> int:
         """Bytes kept, from a side file (under the lock), or by counting where that is missing or unreadable."""
@@ -230,9 +237,10 @@ class Store:
 
     def _remove(self, path: Path) -> None:
         with contextlib.suppress(OSError), self._lock():
-            size = path.stat().st_size
+            total = self._total()
+            total -= path.stat().st_size
             path.unlink()
-            self._set_total(self._total() - size)
+            self._set_total(total)
 
 
 def _parse(header: bytes) -> tuple[int, int, int, int] | None:

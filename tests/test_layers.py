@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs"),
-    ("slicing", "images", "frames", "checkpoint", "store", "engine"),
-    ("decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker"),
+    ("slicing", "frames", "checkpoint", "store", "engine"),
+    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker"),
+    ("embedding",),
     ("openvino_graphs",),
     ("openvino_engine", "openvino_vision"),
     ("vision_proc", "llm_proc"),
