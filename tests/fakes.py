@@ -41,7 +41,7 @@ class FakeEngine:
         self.n_requests += 1
         rows = self._rows(pieces)
         check_fits(len(rows), sampling.max_new_tokens, self.context_rows)
-        answer = self._tokenizer.encode(self.script.pop(0)) + [min(self._tokenizer.stop_ids)] if self.script else None
+        answer = [*self._tokenizer.encode(self.script.pop(0)), min(self._tokenizer.stop_ids)] if self.script else None
         wanted, generated = rows + list(resume_ids), list(resume_ids)
         stream = TextStream(self._tokenizer.token_bytes, sampling.stop)
         for token in generated:

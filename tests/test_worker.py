@@ -70,7 +70,8 @@ def pid_of(worker: Worker) -> int:
 
 def test_it_starts_when_it_is_first_needed_and_tells_its_facts(make: Make) -> None:
     worker = make(colour="red")
-    assert worker.pid is None
+    before = worker.pid
+    assert before is None
     assert worker.ready() == {"pid": worker.pid, "config": {"colour": "red"}}
     worker.start()  # nothing: it runs
     assert pid_of(worker) == worker.pid
@@ -142,9 +143,9 @@ def test_errors_arrive_as_what_they_are_and_the_child_lives_on(make: Make) -> No
     with pytest.raises(MissingEmbeddings) as missing:
         ask(worker, "raise", kind="MissingEmbeddings")
     assert missing.value.keys == ("a" * 64, "b" * 64)
-    with pytest.raises(PromptError, match="^token id -1 is not in the table$"):
+    with pytest.raises(PromptError, match=r"^token id -1 is not in the table$"):
         ask(worker, "raise", kind="PromptError")
-    with pytest.raises(EngineError, match="^ZeroDivisionError: division by zero$") as unknown:
+    with pytest.raises(EngineError, match=r"^ZeroDivisionError: division by zero$") as unknown:
         ask(worker, "raise", kind="unknown")
     assert not isinstance(unknown.value, WorkerError)
     assert (count(worker), worker.pid) == ([0, 1], pid)
@@ -160,11 +161,10 @@ def test_an_error_that_names_an_undecodable_file(make: Make) -> None:
 
 
 def test_events_before_an_error_are_seen(make: Make) -> None:
-    seen = []
+    events = iter(make().call({"do": "raise", "kind": "PromptError"}, silence_s=60.0))
+    assert next(events) == {"i": 0}
     with pytest.raises(PromptError):
-        for event in make().call({"do": "raise", "kind": "PromptError"}, silence_s=60.0):
-            seen.append(event)
-    assert seen == [{"i": 0}]
+        next(events)
 
 
 def test_an_event_over_the_bound_is_an_error_and_the_child_lives_on(make: Make) -> None:
@@ -312,11 +312,13 @@ def test_leaving_the_iteration_early_leaves_the_child_usable(make: Make, how: st
 def test_a_child_that_ignores_a_cancel_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.3)
     worker = make()
-    seen: list[dict[str, Any]] = []
+    pid = pid_of(worker)
+    began: list[dict[str, Any]] = []
+    events = iter(worker.call({"do": "sleep"}, silence_s=60.0, should_stop=lambda: bool(began)))
+    began.append(next(events))
     with pytest.raises(WorkerTimeout):
-        for event in worker.call({"do": "sleep"}, silence_s=60.0, should_stop=lambda: bool(seen)):
-            seen.append(event)
-    assert is_gone(seen[0]["pid"])
+        next(events)
+    assert is_gone(pid)
     assert count(worker) == [0, 1]
 
 
@@ -332,11 +334,12 @@ def test_leaving_a_child_that_ignores_it_is_quiet_and_kills_it(make: Make, monke
 
 def test_a_late_cancel_does_not_hit_the_next_request(make: Make) -> None:
     worker = make()
+    seen: list[dict[str, Any]] = []
     for _ in range(20):
-        seen: list[dict[str, Any]] = []
+        seen.clear()
         for event in worker.call({"do": "count", "n": 2}, silence_s=60.0, should_stop=lambda: len(seen) == 2):
             seen.append(event)
-        assert ask(worker, "count", n=2)[-1]["i"] == 1
+        assert count(worker) == [0, 1]
 
 
 # Turns
@@ -495,7 +498,9 @@ def parent() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
 
     def start(do: str, **config: Any) -> tuple[subprocess.Popen[str], int]:
         program = f"import sys; sys.path[:] = {sys.path!r}\n" + PARENT.format(config=config, request={"do": do})
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert process.stdout is not None
         child = int(process.stdout.readline())
         started.append((process, child))

@@ -1,0 +1,178 @@
+"""The OpenVINO engine beyond the contract: its numbers, its speed's precondition, and what it does when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmchat import openvino_engine
+from mmchat.checkpoint import Checkpoint
+from mmchat.embed_table import EmbedTable
+from mmchat.engine import ImageRows, Piece, Sampling, Tokens
+from mmchat.errors import EngineError, ModelDirError
+from mmchat.model_dir import open_model
+from mmchat.openvino_engine import OpenVinoEngine
+from mmchat.prompt import ChatTokenizer
+from tests.contract_engine import ENDLESS, run
+from tests.fakes import never
+from tools import record_logits
+
+SPEC = open_model("demo")
+WORDS = Tokens(tuple(range(10, 70)))
+RECORDED = Path(__file__).parent / "data" / "demo_logits.npz"
+
+Make = Callable[..., OpenVinoEngine]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(SPEC.tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, NDArray[np.float32]]:
+    """What the engine finds under a key; tests add to it."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer: ChatTokenizer, images: dict[str, NDArray[np.float32]]) -> Make:
+    def make(**options: Any) -> OpenVinoEngine:
+        table = EmbedTable.open(SPEC.embed_table_path)
+        return OpenVinoEngine(Checkpoint(SPEC.folder), SPEC.llm, table, tokenizer, images.get, **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def engine(make: Make) -> OpenVinoEngine:
+    return make()
+
+
+def test_the_plug_in_fuses_attention_and_rotation(engine: OpenVinoEngine) -> None:
+    """Without this, decoding takes five times as long; a harmless-looking change of the graph is enough."""
+    model = engine._request.get_compiled_model().get_runtime_model()
+    kinds = [op.get_rt_info()["layerType"].astype(str) for op in model.get_ops()]
+    assert kinds.count("ScaledDotProductAttention") == SPEC.llm.n_layers
+    assert kinds.count("RoPE") == 2 * SPEC.llm.n_layers
+
+
+def test_the_size_of_chunks_does_not_matter(make: Make, images: dict[str, NDArray[np.float32]]) -> None:
+    images["k"] = np.random.default_rng(0).standard_normal((16, SPEC.llm.hidden_size)).astype(np.float32)
+    answers = []
+    for chunk_rows in (1, 7, 16, 75, 76, 77, 1000):
+        answer = run(make(chunk_rows=chunk_rows), [WORDS, ImageRows("k", 16)], ENDLESS)
+        assert [p.done for p in answer.prefills] == [*range(chunk_rows, 76, chunk_rows), 76]
+        answers.append((answer.ids, answer.text))
+    assert answers == [answers[0]] * len(answers)
+
+
+def test_cancel_between_chunks_keeps_what_was_computed(make: Make) -> None:
+    engine, whole = make(chunk_rows=10), run(make(), [WORDS], ENDLESS)
+    asked = iter([False, False, True])
+    done = run(engine, [WORDS], ENDLESS, lambda: next(asked)).done
+    assert (done.reason, done.n_prefilled, done.n_new) == ("cancelled", 20, 0)
+    again = run(engine, [WORDS], ENDLESS)
+    assert (again.done.n_reused, again.done.n_prefilled, again.ids) == (20, 40, whole.ids)
+
+
+def test_the_whole_context(engine: OpenVinoEngine) -> None:
+    n = SPEC.llm.context_rows
+    ids = Tokens(tuple(np.random.default_rng(1).integers(0, 500, n - 2).tolist()))
+    done = run(engine, [ids], Sampling(max_new_tokens=2, repetition_penalty=0.01)).done
+    assert (done.n_prompt, done.n_new, done.reason) == (n - 2, 2, "length")
+    assert run(engine, [WORDS]).done.n_prompt == 60
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode", "after a rewind"])
+def test_a_failing_inference_is_an_error_and_the_next_request_is_right(
+    make: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A mask of the wrong length raises inside infer(), which poisons the compiled model."""
+    engine, whole = make(), run(make(), [WORDS], ENDLESS)
+    if where == "after a rewind":
+        run(engine, [Tokens(WORDS.ids[:30]), Tokens((5, 6, 7))], ENDLESS)
+    ones, n_calls = np.ones, 0
+
+    def bad_mask(shape: Any, *rest: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        fail = n_calls == (4 if where == "decode" else 1)
+        return ones((shape[0], shape[1] + 3) if fail else shape, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "ones", bad_mask)
+        with pytest.raises(EngineError, match="OpenVINO failed at row") as caught:
+            list(engine.generate([WORDS], ENDLESS, never))
+        assert "\n" not in str(caught.value)
+    for expected_reuse in (0, 59):
+        again = run(engine, [WORDS], ENDLESS)
+        assert (again.ids, again.done.n_reused) == (whole.ids, expected_reuse)
+
+
+def test_a_table_of_another_model_is_refused(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    table = EmbedTable(np.zeros((592, 64), np.float16), tmp_path / "other.safetensors")
+    with pytest.raises(ModelDirError, match=r"592 x 64.*192 wide"):
+        OpenVinoEngine(Checkpoint(SPEC.folder), SPEC.llm, table, tokenizer, lambda key: None)
+
+
+# Numbers
+
+
+@pytest.fixture
+def logits_of(
+    engine: OpenVinoEngine, images: dict[str, NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[NDArray[Any]]], NDArray[np.float32]]:
+    """The scores that the first token of an answer is chosen from, through the whole engine."""
+    seen: list[NDArray[np.float32]] = []
+
+    def choose(logits: NDArray[np.float32], sampling: Sampling, generated: Any) -> int:
+        seen.append(logits.copy())
+        return 0
+
+    monkeypatch.setattr(openvino_engine, "choose", choose)
+
+    def logits_of(arrays: list[NDArray[Any]]) -> NDArray[np.float32]:
+        pieces: list[Piece] = []
+        for array in arrays:
+            if array.ndim == 1:
+                pieces.append(Tokens(tuple(array.tolist())))
+            else:
+                key = str(len(images))
+                images[key] = array.astype(np.float32)
+                pieces.append(ImageRows(key, len(array)))
+        run(engine, pieces, Sampling(max_new_tokens=1))
+        return seen[-1]
+
+    return logits_of
+
+
+def test_scores_equal_the_recorded_ones(logits_of: Callable[[list[NDArray[Any]]], NDArray[np.float32]]) -> None:
+    with np.load(RECORDED) as recorded:
+        if str(recorded["digest"]) != record_logits.weights_digest(SPEC.folder):
+            pytest.fail("the demo weights have changed since the recording: run python tools/record_logits.py")
+        for number, form in enumerate(record_logits.PROMPTS):
+            pieces = [recorded[f"{number}.{i}"] for i in range(int(recorded[f"{number}.n"]))]
+            wanted = recorded[f"{number}.logits"]
+            got = logits_of(pieces)
+            assert np.ptp(wanted) > 1  # scores that differ, not a flat line
+            assert np.abs(got - wanted[: len(got)]).max() < 1e-4, form
+
+
+def test_scores_equal_those_of_transformers(logits_of: Callable[[list[NDArray[Any]]], NDArray[np.float32]]) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model = record_logits.reference_model(SPEC.folder)
+    rng = np.random.default_rng()
+    for _ in range(5):
+        ids = rng.integers(0, 500, rng.integers(1, 60))
+        rows = (0.5 * rng.standard_normal((rng.integers(1, 30), SPEC.llm.hidden_size))).astype(np.float32)
+        pieces: list[NDArray[Any]] = [ids, rows, ids[::-1].copy()]
+        wanted = record_logits.reference_logits(model, pieces)
+        got = logits_of(pieces)
+        assert np.abs(got - wanted[: len(got)]).max() < 1e-4
