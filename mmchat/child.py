@@ -9,9 +9,11 @@ serve(config) -> (facts about it, handler); handler(request, should_stop) -> eve
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -27,9 +29,13 @@ Handler = Callable[[dict[str, Any], Callable[[], bool]], Iterator[dict[str, Any]
 Serve = Callable[[dict[str, Any]], tuple[dict[str, Any], Handler]]
 
 
-def main(descriptor: int) -> None:
-    """Serve until the parent closes the channel.  Never returns."""
+def main(descriptor: int, lifeline: int) -> None:
+    """Serve until the parent closes the channel.  Never returns.
+
+    lifeline: the reading end of a pipe that the parent holds open for as long as it lives.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent
+    _die_with(lifeline)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         hello = channel.receive()
@@ -46,6 +52,18 @@ def main(descriptor: int) -> None:
     except BaseException:
         traceback.print_exc()
         _exit(1)
+
+
+def _die_with(lifeline: int) -> None:
+    """Have the kernel end this process when the pipe's other end closes, even while C code holds the interpreter.
+
+    (PR_SET_PDEATHSIG would follow the parent's thread, not its process.)
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # whose default is to terminate
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # closed before we asked
+        os._exit(0)
 
 
 def _exit(code: int) -> None:
@@ -96,7 +114,8 @@ def _to_wire(error: Exception) -> dict[str, Any]:
     name = type(error).__name__
     if isinstance(error, (ContextFull, MissingEmbeddings)):
         return {"kind": name, "arguments": _WITH_ARGUMENTS[name](error)}
+    text = str(error).encode(errors="backslashreplace").decode()  # file names may hold what is no Unicode
     if isinstance(error, MmchatError):
-        return {"kind": name, "arguments": [str(error)]}
+        return {"kind": name, "arguments": [text]}
     traceback.print_exc()
-    return {"kind": EngineError.__name__, "arguments": [f"{name}: {' '.join(str(error).split())}"]}
+    return {"kind": EngineError.__name__, "arguments": [f"{name}: {' '.join(text.split())}"]}

@@ -27,8 +27,11 @@ class PeerGone(Exception):
 
 
 def pack(message: Any) -> bytes:
-    """Raises FrameError for a message over the bound."""
-    data: bytes = msgpack.packb(message, use_bin_type=True)
+    """Raises FrameError for a message over the bound, or of what is no message."""
+    try:
+        data: bytes = msgpack.packb(message, use_bin_type=True)
+    except Exception as error:  # of many kinds
+        raise FrameError(f"a message that cannot be packed ({error})") from None
     if len(data) > MAX_FRAME_BYTES:
         raise FrameError(f"a message of {len(data):,} bytes is over the bound of {MAX_FRAME_BYTES:,}")
     return _LENGTH.pack(len(data)) + data
@@ -45,7 +48,10 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Blocks while the peer does not read.  Raises PeerGone, FrameError."""
-        data = pack(message)
+        self.send_packed(pack(message))
+
+    def send_packed(self, data: bytes) -> None:
+        """Send what pack made.  Raises PeerGone."""
         try:
             self._socket.sendall(data)
         except OSError:

@@ -56,6 +56,11 @@ class LlmClient:
                     if isinstance(event, Token):
                         shown.append(event.id)
                     yield event
+                    if isinstance(event, Done):
+                        return
+                # Cancelled while the model was loading: the request was never sent.
+                n_rows = sum(piece.n_rows for piece in pieces)
+                yield Done("cancelled", "", tuple(shown), n_rows, 0, 0, len(shown), 0.0, 0.0)
                 return
             except WorkerError as error:
                 if attempt == 2:

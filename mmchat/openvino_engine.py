@@ -107,6 +107,9 @@ class OpenVinoEngine:
         prefilled = time.perf_counter()
 
         while logits is not None and len(self._held) >= len(wanted):
+            if stream.stopped:
+                reason = "stop"
+                break
             if should_stop():
                 break
             if len(generated) >= sampling.max_new_tokens:
@@ -118,10 +121,7 @@ class OpenVinoEngine:
                 break
             generated.append(token)
             yield Token(token, stream.push(token))
-            if stream.stopped:
-                reason = "stop"
-                break
-            if len(generated) < sampling.max_new_tokens:
+            if len(generated) < sampling.max_new_tokens and not stream.stopped:
                 logits = self._feed(self._table.rows([token]), [token])
         cut_off = stream.stopped
         rest = stream.finish()

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
-from mmchat.errors import MissingEmbeddings, SessionError
+from mmchat.errors import EngineBusy, MissingEmbeddings, SessionError
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
@@ -192,16 +193,18 @@ class Session:
         )
 
     def _prepare(self, source: ImageSource) -> _Prepared:
-        name = ""
+        name, file = "", source if isinstance(source, bytes) else None
         if isinstance(source, (str, os.PathLike)):
             name = Path(source).name
             with open_image(source):  # a clear error, before all of a file is read that is no picture
                 pass
-            source = Path(source).read_bytes()  # kept, for the file may be gone when slices must be made again
-        plan, slices = self._cut(source)
+            file = Path(source).read_bytes()
+        plan, slices = self._cut(source if file is None else file)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
-        kept = source
-        return _Prepared(name, plan, keys, slices, lambda: self._cut(kept)[1])
+        # Should the store lose them, the slices are made again: from the file as it is now, where there is one; else
+        # they are kept themselves, for the image or array may be drawn on later.
+        again = (lambda: slices) if file is None else (lambda: self._cut(file)[1])
+        return _Prepared(name, plan, keys, slices, again)
 
     def _cut(self, source: ImageSource) -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
         with open_image(source, reference=self.reference_pixels) as opened:
@@ -221,48 +224,57 @@ class Session:
             pixels=prepared.again,
         )
 
-    def _run(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> Iterator[str]:
-        """One turn: encode what the store lacks, generate, record.  Yields the answer's text."""
+    def check_idle(self) -> None:
+        """Raises SessionError while an answer is being streamed."""
         if self._running:
             raise SessionError("another answer of this conversation is being streamed: finish or close it first")
+
+    def _run(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> Iterator[str]:
+        """One turn: encode what the store lacks, generate, record.  Yields the answer's text."""
+        self.check_idle()
         self._running = True
         started = time.perf_counter()
         parts: list[str | ImageHandle] = []
         shown: list[int] = []
         done: Done | None = None
+        failed = False
         try:
             for part in prepared:
-                n = self._n_images + 1 + sum(isinstance(p, ImageHandle) for p in parts)
+                n = self._n_images + 1 + len(_images(parts))
                 parts.append(part if isinstance(part, str) else self._handle(part, n))
             prompt = self.prompt(parts)
             check_fits(prompt.n_rows, reply.sampling.max_new_tokens, self._engine.context_rows)
-            keys = {key for image in [*self.images, *_images(parts)] for key in image.keys}
-            with self._store.lease(keys):
+            with self._store.lease({key for image in [*self.images, *_images(parts)] for key in image.keys}):
                 self._encode(reply, prepared)
-                if reply.should_stop():
-                    return
-                for event in self._generate(reply, prompt, parts, shown):
-                    if isinstance(event, Done):
-                        done = event
-                    if event.text:
-                        reply.text_so_far += event.text
-                        yield event.text
+                events = self._generate(reply, prompt, parts, shown)
+                try:
+                    for event in events:
+                        if isinstance(event, Done):
+                            done = event
+                        if event.text:
+                            reply.text_so_far += event.text
+                            yield event.text
+                except GeneratorExit:  # the reader left: the engine still tells what it did
+                    reply.cancel()
+                    done = next((event for event in events if isinstance(event, Done)), done)
+                    done = done and replace(done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far))
+                    raise
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException:
-            shown.clear()  # a failed turn leaves no trace
+            failed = True
             raise
         finally:
             self._running = False
             reply.finish(started, done)
-            if done is not None and (done.reason != "cancelled" or reply.text_so_far):
-                self._record(parts, reply, done.ids)
-            elif shown and reply.text_so_far:
-                self._record(parts, reply, tuple(shown))
+            if not failed and (reply.text_so_far or (done is not None and done.reason != "cancelled")):
+                ids = self._spelled(shown, reply.text_so_far) if done is None else done.ids
+                self._turns.append(Turn(tuple(parts), reply.text_so_far, ids, reply.reason_so_far, reply.usage_so_far))
+                self._n_images = len(self.images)
 
-    def _record(self, parts: Sequence[str | ImageHandle], reply: Reply, ids: tuple[int, ...]) -> None:
-        self._turns.append(Turn(tuple(parts), reply.text_so_far, ids, reply.reason_so_far, reply.usage_so_far))
-        self._n_images = len(self.images)
+    def _spelled(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """The tokens of exactly the text that was shown: more may have been generated, or held back."""
+        return tuple(ids_of_text(ids, text, self._tokenizer.token_bytes, self._tokenizer.encode))
 
     def _encode(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> None:
         wanted = [part for part in prepared if not isinstance(part, str)]
@@ -282,6 +294,8 @@ class Session:
     ) -> Iterator[Token | Done]:
         """The engine's tokens; embeddings that vanished from the store meanwhile are made again, once."""
         for attempt in (1, 2):
+            if reply.should_stop():
+                return
             try:
                 for event in self._engine.generate(prompt.pieces, reply.sampling, reply.should_stop, resume_ids=shown):
                     if isinstance(event, Prefill):
@@ -329,7 +343,8 @@ class Reply:
         self.text_so_far = ""
         self.usage_so_far = Usage()
         self.reason_so_far: StopReason = "cancelled"
-        self._source: Iterator[str] | None = session._run(self, prepared)
+        self._session = session
+        self._prepared: tuple[str | _Prepared, ...] | None = prepared  # None: it has run
         self._chunks: list[str] = []
         self._error: BaseException | None = None
         self._stop = False
@@ -337,22 +352,22 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         """Leaving the loop early (break, close, Ctrl-C) ends the answer and records what was shown."""
         yield from list(self._chunks)
-        source, self._source = self._source, None
-        if source is None:
+        if self._prepared is None:
             if self._error is not None:
                 raise self._error
             return
+        self._session.check_idle()
+        prepared, self._prepared = self._prepared, None
         try:
-            for text in source:
+            for text in self._session._run(self, prepared):
                 self._chunks.append(text)
                 yield text
+        except EngineBusy:
+            self._prepared = prepared  # nothing has happened yet: it may be tried again
+            raise
         except Exception as error:
             self._error = error
             raise
-        finally:
-            close = getattr(source, "close", None)
-            if close:
-                close()
 
     @property
     def text(self) -> str:

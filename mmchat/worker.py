@@ -28,17 +28,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from mmchat import errors
-from mmchat.frames import Channel, FrameError, PeerGone
+from mmchat.frames import Channel, FrameError, PeerGone, pack
 
 CANCEL_GRACE_S = 30.0
 _EXIT_GRACE_S = 2.0
 _LOG_LINES = 200
 _STEP_S = 0.1
 
-_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from mmchat.child import main; main(int(sys.argv[1]))"
+_PROGRAM = """
+import sys
+sys.path[:] = sys.argv[3:]
+from mmchat.child import main
+main(int(sys.argv[1]), int(sys.argv[2]))
+"""
 
 
 class Worker:
@@ -53,6 +58,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._facts: dict[str, Any] | None = None
+        self._lifeline: int | None = None  # writing end of a pipe: the child dies when it closes
         self._log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._log_reader: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -81,7 +87,9 @@ class Worker:
         Raises what serve() raised (ModelDirError, ...), WorkerDied, WorkerTimeout.
         """
         with self._exclusive():
-            return self._ready()
+            facts = self._ready(lambda: False)
+            assert facts is not None
+            return facts
 
     def call(
         self, request: dict[str, Any], *, silence_s: float, should_stop: Callable[[], bool] = lambda: False
@@ -128,26 +136,31 @@ class Worker:
             return
         self._reap()
         ours, theirs = socket.socketpair()
-        with theirs:
+        their_lifeline, self._lifeline = os.pipe()
+        try:
+            descriptors = (theirs.fileno(), their_lifeline)
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
+                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 start_new_session=True,
             )
+        finally:
+            theirs.close()
+            os.close(their_lifeline)
         self._process, self._channel, self._facts = process, Channel(ours), None
         self._log.clear()
         self._log_reader = threading.Thread(target=self._read_log, args=(process,), daemon=True)
         self._log_reader.start()
         self._send({"module": self._module, "config": self._config})
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any] | bytes) -> None:
         """A peer that is gone is noticed, and explained, by the next receive."""
         if self._channel is not None:
             with contextlib.suppress(PeerGone):
-                self._channel.send(message)
+                self._channel.send_packed(message if isinstance(message, bytes) else pack(message))
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -158,46 +171,60 @@ class Worker:
                 if os.environ.get("MMCHAT_WORKER_LOG"):
                     print(f"[{self.name}] {text}", file=sys.stderr)
 
-    def _ready(self) -> dict[str, Any]:
+    def _ready(self, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """The child's facts, once it has loaded; None where should_stop ended the waiting (the child goes on)."""
         self._spawn()
-        if self._facts is None:
-            message = self._receive(self._start_timeout_s, self._start_timeout_s)
-            if "failed" in message:
+        deadline = time.monotonic() + self._start_timeout_s
+        while self._facts is None:
+            if should_stop():
+                return None
+            left_s = max(0.0, deadline - time.monotonic())
+            message = self._receive(left_s, self._start_timeout_s)
+            if message is None:
+                continue
+            if told := _from_wire(message.get("failed")):
                 self._reap()
-                raise _from_wire(message["failed"])
-            self._facts = dict(message["ready"])
+                raise told
+            if not isinstance(message.get("ready"), dict):
+                self._fail("sent something else than that it is ready")
+            self._facts = message["ready"]
         return self._facts
 
-    def _receive(self, timeout_s: float, allowed_s: float) -> dict[str, Any]:
-        """The last wait of allowed_s.  Raises WorkerDied or WorkerTimeout; either way the child is then gone."""
+    def _receive(self, left_s: float, allowed_s: float) -> dict[str, Any] | None:
+        """The next message; None where a short step brought none and there is time left (left_s of allowed_s).
+
+        Raises WorkerDied or WorkerTimeout; either way the child is then gone.
+        """
+        if self._channel is None:
+            raise errors.EngineError(f"the {self.name} worker was closed while it had work to do")
         try:
-            return self._receive_step(timeout_s)
+            message = self._channel.receive(min(left_s, _STEP_S))
         except TimeoutError:
+            if left_s > _STEP_S:
+                return None
             self.kill()
             log = self._reap()[1]
             raise errors.WorkerTimeout(
                 f"the {self.name} worker was silent for {allowed_s:g} s and was ended", name=self.name, log=log
             ) from None
-
-    def _receive_step(self, timeout_s: float) -> dict[str, Any]:
-        """Raises WorkerDied; TimeoutError, which does not mean anything yet."""
-        assert self._channel is not None
-        try:
-            message = self._channel.receive(timeout_s)
-            if isinstance(message, dict):
-                return message
-            problem = "sent what is no message"
         except PeerGone:
-            problem = ""
-        except FrameError as error:
-            problem = str(error)
+            if self._closed:
+                raise errors.EngineError(f"the {self.name} worker was closed while it had work to do") from None
+            self._fail("")
+        except (FrameError, ValueError) as error:  # ValueError: closed by another thread
+            self._fail(str(error))
+        if not isinstance(message, dict):
+            self._fail("sent what is no message")
+        return message
+
+    def _fail(self, problem: str) -> NoReturn:
+        """Raises WorkerDied; ends the child first where it is not dead yet (problem: what it did)."""
         if problem:
             self.kill()
         exit_code, log = self._reap()
-        reason = problem or _describe_exit(exit_code)
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
         raise errors.WorkerDied(
-            f"the {self.name} worker died ({reason}){': ' + last if last else ''}",
+            f"the {self.name} worker died ({problem or _describe_exit(exit_code)}){': ' + last if last else ''}",
             name=self.name,
             log=log,
             exit_code=exit_code,
@@ -208,6 +235,9 @@ class Worker:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
         process, self._process = self._process, None
         if process is None:
             return None, ""
@@ -239,21 +269,28 @@ class Call:
         """
         worker = self._worker
         with worker._exclusive():
-            worker._ready()
             worker._last_id += 1
             self._id = worker._last_id
+            try:
+                request = pack({"id": self._id, "request": self._request})
+            except FrameError as error:
+                raise errors.EngineError(f"not sent to the {worker.name} worker: {error}") from None
+            if worker._ready(self._should_stop) is None:
+                return
             ended = False
             try:
-                worker._send({"id": self._id, "request": self._request})
+                worker._send(request)
                 for message in self._messages():
-                    if "event" in message:
+                    if isinstance(message.get("event"), dict):
                         yield message["event"]
                         continue
                     ended = True
-                    if "error" in message:
-                        raise _from_wire(message["error"])
-                    return
-            except errors.WorkerError:
+                    if message.get("end") is True:
+                        return
+                    if told := _from_wire(message.get("error")):
+                        raise told
+                    worker._fail("sent neither an event, nor an end, nor an error")
+            except errors.EngineError:
                 ended = True
                 raise
             finally:
@@ -275,11 +312,9 @@ class Call:
             allowed_s = self._silence_s
             if self._cancelled_at is not None:
                 allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
-            left_s = max(0.0, silent_since + allowed_s - time.monotonic())
-            if left_s <= _STEP_S:
-                return self._worker._receive(left_s, allowed_s)
-            with contextlib.suppress(TimeoutError):
-                return self._worker._receive_step(_STEP_S)
+            message = self._worker._receive(max(0.0, silent_since + allowed_s - time.monotonic()), allowed_s)
+            if message is not None:
+                return message
 
     def _cancel(self) -> None:
         self._cancelled_at = time.monotonic()
@@ -293,7 +328,7 @@ class Call:
             for message in self._messages():
                 if "event" not in message:
                     return
-        except errors.WorkerError:
+        except errors.EngineError:
             pass
         except BaseException:  # a second Ctrl-C: do not wait
             self._worker.kill()
@@ -311,8 +346,10 @@ def _describe_exit(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _from_wire(error: dict[str, Any]) -> errors.MmchatError:
-    kind = getattr(errors, str(error.get("kind")), errors.EngineError)
-    arguments = error.get("arguments") or ["the worker gave no reason"]
-    made = kind(*arguments)
-    return made if isinstance(made, errors.MmchatError) else errors.EngineError(str(arguments))
+def _from_wire(error: Any) -> errors.MmchatError | None:
+    """The error that the child meant; None where it is none."""
+    try:
+        made = getattr(errors, error["kind"])(*error["arguments"])
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return None
+    return made if isinstance(made, errors.MmchatError) else None

@@ -349,8 +349,7 @@ class Conversations(RuleBasedStateMachine):
 
 def prepared(reply: Reply) -> Any:
     """The parts of a reply that has not run yet."""
-    source: Any = reply._source
-    return source.gi_frame.f_locals["prepared"]
+    return reply._prepared
 
 
 def test_conversations() -> None:

@@ -288,8 +288,10 @@ def test_cancel_is_heard_and_leaves_the_child_usable(make: Make) -> None:
 
 
 def test_cancel_is_heard_while_the_child_is_silent(make: Make) -> None:
+    worker = make()
+    worker.ready()
     stop_at = time.monotonic() + 0.3
-    events = list(make().call({"do": "wait"}, silence_s=60.0, should_stop=lambda: time.monotonic() > stop_at))
+    events = list(worker.call({"do": "wait"}, silence_s=60.0, should_stop=lambda: time.monotonic() > stop_at))
     assert events[-1] == {"stopped": True}
 
 
