@@ -31,39 +31,37 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def client(store: Store) -> Iterator[LlmClient]:
+def in_process(tokenizer: ChatTokenizer, store: Store) -> Engine:
+    checkpoint, table = Checkpoint(SPEC.folder), EmbedTable.open(SPEC.embed_table_path)
+    return OpenVinoEngine(checkpoint, SPEC.llm, table, tokenizer, store.get, context_rows=CONTEXT_ROWS)
+
+
+@pytest.fixture(scope="module")
+def in_worker(store: Store) -> Iterator[Engine]:
     client = LlmClient(SPEC, store, context_rows=CONTEXT_ROWS)
     yield client
     client.worker.close()
 
 
+def forgotten(engine: Engine) -> Engine:
+    """A prompt that shares no row with those of the tests empties the cache, at less cost than a new engine."""
+    run(engine, [Tokens((500,))], Sampling(max_new_tokens=1))
+    return engine
+
+
 class TestFake(EngineContract):
     @pytest.fixture
     def kit(self, tokenizer: ChatTokenizer, store: Store) -> Kit:
-        def fresh() -> Engine:
-            return FakeEngine(tokenizer, store, 8, context_rows=CONTEXT_ROWS)
-
-        return Kit(fresh, tokenizer, store, 8)
+        return Kit(lambda: FakeEngine(tokenizer, store, 8, context_rows=CONTEXT_ROWS), tokenizer, store, 8)
 
 
 class TestOpenVino(EngineContract):
     @pytest.fixture
-    def kit(self, tokenizer: ChatTokenizer, store: Store) -> Kit:
-        checkpoint, table = Checkpoint(SPEC.folder), EmbedTable.open(SPEC.embed_table_path)
-
-        def fresh() -> Engine:
-            return OpenVinoEngine(checkpoint, SPEC.llm, table, tokenizer, store.get, context_rows=CONTEXT_ROWS)
-
-        return Kit(fresh, tokenizer, store, SPEC.llm.hidden_size)
+    def kit(self, tokenizer: ChatTokenizer, store: Store, in_process: Engine) -> Kit:
+        return Kit(lambda: forgotten(in_process), tokenizer, store, SPEC.llm.hidden_size)
 
 
 class TestLlmClient(EngineContract):
-    """The engine in its worker.  To make it fresh, a prompt that shares no row with others empties its cache."""
-
     @pytest.fixture
-    def kit(self, tokenizer: ChatTokenizer, store: Store, client: LlmClient) -> Kit:
-        def fresh() -> Engine:
-            run(client, [Tokens((500,))], Sampling(max_new_tokens=1))
-            return client
-
-        return Kit(fresh, tokenizer, store, SPEC.llm.hidden_size)
+    def kit(self, tokenizer: ChatTokenizer, store: Store, in_worker: Engine) -> Kit:
+        return Kit(lambda: forgotten(in_worker), tokenizer, store, SPEC.llm.hidden_size)

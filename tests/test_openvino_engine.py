@@ -72,6 +72,19 @@ def test_the_size_of_chunks_does_not_matter(make: Make, images: dict[str, NDArra
     assert answers == [answers[0]] * len(answers)
 
 
+def test_a_rewound_engine_says_what_a_new_one_says(make: Make, images: dict[str, NDArray[np.float32]]) -> None:
+    images["k"] = np.random.default_rng(0).standard_normal((16, SPEC.llm.hidden_size)).astype(np.float32)
+    prompts: list[list[Piece]] = [
+        [WORDS, ImageRows("k", 16), WORDS],
+        [WORDS],
+        [Tokens(WORDS.ids[5:]), ImageRows("k", 16)],
+    ]
+    fresh = [run(make(), prompt, ENDLESS).ids for prompt in prompts]
+    engine = make()
+    for i in (0, 1, 0, 2, 1, 2, 0):
+        assert run(engine, prompts[i], ENDLESS).ids == fresh[i]
+
+
 def test_cancel_between_chunks_keeps_what_was_computed(make: Make) -> None:
     engine, whole = make(chunk_rows=10), run(make(), [WORDS], ENDLESS)
     asked = iter([False, False, True])
