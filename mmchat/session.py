@@ -15,6 +15,7 @@ Vision.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
-from mmchat.errors import EngineBusy, MissingEmbeddings, SessionError
+from mmchat.errors import EngineBusy, MissingEmbeddings, MmchatError, SessionError
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
@@ -256,7 +257,8 @@ class Session:
                             yield event.text
                 except GeneratorExit:  # the reader left: the engine still tells what it did
                     reply.cancel()
-                    done = next((event for event in events if isinstance(event, Done)), done)
+                    with contextlib.suppress(MmchatError):
+                        done = next((event for event in events if isinstance(event, Done)), done)
                     done = done and replace(done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far))
                     raise
         except (KeyboardInterrupt, GeneratorExit):
