@@ -597,6 +597,7 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 @given(damaged_files())
 @settings(max_examples=max(300, settings().max_examples))
 @example(b"Pf 2 1 0\n" + bytes(8))
+@example(b"Pf 2 1 -1.0\n" + bytes(4) + b"\2\0\x80\x7f")  # a signalling NaN
 @example(b"P6 3 3 0\n" + bytes(27))
 @example(b"P5 1 1 99999999\n" + bytes(8))
 def test_damaged_files(data: bytes) -> None:

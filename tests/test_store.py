@@ -403,7 +403,7 @@ def test_a_lease_of_another_process_counts_until_it_is_killed(store: Store) -> N
 WORK = """
 store.cap_bytes = int(sys.argv[2])
 random = np.random.default_rng(int(sys.argv[3]))
-for _ in range(150):
+for _ in range(80):
     n = int(random.integers(0, 30))
     key = f"{n:064x}"
     with store.lease([key]):
