@@ -109,12 +109,15 @@ class OpenedImage:
             self._file.close()
 
 
-def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+def open_image(
+    source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS, name: str = ""
+) -> OpenedImage:
     """source, as far as its header: to be used in a with statement.
 
     source: path of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or such a file's bytes; a PIL image; or an array
         (height, width), (height, width, 1|3|4) or (1|3, height, width): uint8, uint16, bool, or float in 0..1.
     max_pixels: width x height above which a picture is refused before it is decoded.
+    name: what errors call a picture that comes as bytes.
 
     Raises ImageError: no such file, not a picture, too many pixels, or an array of another kind.
     """
@@ -126,7 +129,7 @@ def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
     if isinstance(source, np.ndarray):
         return OpenedImage(_from_array(source), "the array", **rules)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        name = f"the picture ({len(source)} bytes)"
+        name = name or f"the picture ({len(source)} bytes)"
         return OpenedImage(_header(io.BytesIO(source), name, max_pixels), name, **rules)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)

@@ -109,7 +109,7 @@ def open(
 def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
     folder = folder or os.environ.get("MMCHAT_STORE")
     if folder:
-        return Store(Path(folder).expanduser(), cap_bytes)
+        return Store(Path(os.path.expanduser(folder)), cap_bytes)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         return Store(cache / "mmchat" / "embeddings", cap_bytes)

@@ -365,10 +365,13 @@ class Terminal:
         return before
 
     def leave(self, typed: str) -> int:
-        self.type(typed)
+        """Typed again every other second: a key that comes between two prompts may be lost."""
         deadline = time.monotonic() + 60
         while self._process.poll() is None and time.monotonic() < deadline:
-            self._read(0.1)
+            self.type(typed)
+            again_at = time.monotonic() + 2
+            while self._process.poll() is None and time.monotonic() < again_at:
+                self._read(0.1)
         return self._process.wait(1)
 
     def close(self) -> None:
