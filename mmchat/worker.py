@@ -104,8 +104,9 @@ class Worker:
         """End the child now; the next request starts another."""
         process = self._process
         if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_EXIT_GRACE_S)  # else a request sent at once would reach the dying one
 
     def close(self) -> None:
         """End the child for good.  Idempotent; never waits longer than a few seconds."""

@@ -16,13 +16,15 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
 
 import mmchat
 from mmchat.cli import main
+from mmchat.cli.chatting import _Repl
+from mmchat.cli.options import Talk
 from tests.test_demo import BACKGROUND, CIRCLE, DESCRIBE, picture
 
 MMCHAT = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from mmchat.cli import main; main()"]
@@ -328,6 +330,11 @@ def test_chat_ends_quietly_with_its_input() -> None:
     assert mmchat_command("chat") == ("", "")
 
 
+# A dumb one gets its prompt before the editor takes the keyboard, and so may lose what is typed at once.
+TERMINAL = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200"}
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]|\x1b\[?[0-9;?]*$|\r")
+
+
 class Terminal:
     """mmchat chat in a pseudo-terminal: what a person types, and what a person sees."""
 
@@ -335,10 +342,15 @@ class Terminal:
         self._master, slave = pty.openpty()
         self._process = subprocess.Popen(
             [*MMCHAT, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=_controlling_terminal, env={**os.environ, "TERM": "dumb", "COLUMNS": "200", **env},
+            preexec_fn=_controlling_terminal, env={**os.environ, **TERMINAL, **env},
         )  # fmt: skip
         os.close(slave)
-        self.seen = ""
+        self._bytes, self._n_taken = b"", 0
+
+    @property
+    def seen(self) -> str:
+        """What came since the last wait_for, without what moves the cursor."""
+        return _CONTROLS.sub("", self._bytes.decode(errors="replace"))[self._n_taken :]
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -352,7 +364,7 @@ class Terminal:
     def _read(self, timeout_s: float) -> None:
         if select.select([self._master], [], [], timeout_s)[0]:
             with contextlib.suppress(OSError):  # the other end is closed
-                self.seen += os.read(self._master, 65536).decode(errors="replace").replace("\r", "")
+                self._bytes += os.read(self._master, 65536)
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> str:
         """What was seen up to text, which is then taken off."""
@@ -361,7 +373,8 @@ class Terminal:
             left_s = deadline - time.monotonic()
             assert left_s > 0, f"{text!r} did not come; seen: {self.seen!r}"
             self._read(left_s)
-        before, self.seen = self.seen.split(text, 1)
+        before = self.seen.split(text, 1)[0]
+        self._n_taken += len(before) + len(text)
         return before
 
     def leave(self, typed: str) -> int:
@@ -409,30 +422,55 @@ def endless_model(folder: Path) -> Path:
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(terminal: Terminal, tmp_path: Path) -> None:
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type(DESCRIBE + "\r")
-    terminal.wait_for_match(r"(?s)(.{1,20}?)\1{5}")  # of the answer, which repeats itself
+    terminal.wait_for_match(r"(?s)(?=\S)(.{1,20}?)\1{5}")  # of the answer, which repeats itself
     terminal.type("\x03")
     answer = terminal.wait_for("mmchat: stopped")
     assert answer.strip()
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("/images\r")
     terminal.wait_for("img1")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("\x03")
     terminal.wait_for("/quit or Ctrl-D leaves")
+    terminal.wait_for(">")
     terminal.type(f"/save {tmp_path / 'talk.json'}\r")
     terminal.wait_for("saved 1 turn(s)")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     (turn,) = json.loads((tmp_path / "talk.json").read_text())["turns"]
     assert turn["stop_reason"] == "cancelled"
     assert terminal.leave("\x04") == 0
     assert DESCRIBE in (tmp_path / "state" / "mmchat" / "history").read_text()
 
 
+@pytest.mark.parametrize("line", ["What is this?", "/undo"])
+def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """While a large picture is cut, or pressed twice, so that the second one comes when the answer is over."""
+
+    class Interrupted:
+        turns: ClassVar[list[Any]] = []
+
+        def session(self, **options: Any) -> Interrupted:
+            return self
+
+        def ask(self, *args: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+        undo = ask
+
+    runtime: Any = Interrupted()
+    repl = _Repl(runtime, Talk(None, None, False, False, False), {}, [])
+    try:
+        assert repl.handle(line)
+    except KeyboardInterrupt:  # which would end the test run as well
+        pytest.fail("the chat was ended")
+    assert capsys.readouterr().err == "mmchat: interrupted\n"
+
+
 def test_quit_at_a_terminal(terminal: Terminal) -> None:
     terminal.wait_for("type a question; /help lists the commands")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("/help\r")
     terminal.wait_for("Ctrl-C stops an answer")
     assert terminal.leave("/quit\r") == 0

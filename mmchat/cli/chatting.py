@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 
 HELP = """\
 /image PATH...   attach pictures to the next question ({{PATH}} in a question puts one right there)
+/drop            forget what /image attached
 /images          list the pictures of this conversation
 /undo [N]        take back the last turn, or the last N
 /save FILE       write the conversation to FILE: .json, or Markdown
@@ -63,12 +64,30 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
     attached: list[Path] = [_readable(picture) for picture in pictures]
     with _open(opening) as runtime:
         repl = _Repl(runtime, talk, sampling, attached)
-        interactive = sys.stdin.isatty()
-        for line in _edited_lines() if interactive else _plain_lines():
-            if not repl.handle(line):
+        if sys.stdin.isatty():
+            _converse(repl)
+            return
+        for line in sys.stdin.buffer:
+            if not repl.handle(line.decode(errors="replace")):
                 break
-        if repl.n_failed and not interactive:
+        if repl.n_failed:
             raise typer.Exit(1)
+
+
+def _converse(repl: _Repl) -> None:
+    """At a terminal: line editing, history, completion of commands and paths.  No Ctrl-C ends it."""
+    from mmchat.cli.editor import editor
+
+    say("type a question; /help lists the commands")
+    read = editor(HELP)
+    while True:
+        try:
+            if not repl.handle(read()):
+                return
+        except KeyboardInterrupt:
+            say("/quit or Ctrl-D leaves")
+        except EOFError:
+            return
 
 
 class _Repl:
@@ -93,6 +112,8 @@ class _Repl:
         except (MmchatError, OSError, UsageError) as error:
             self.n_failed += 1
             say(error)
+        except KeyboardInterrupt:
+            say("interrupted")
         return True
 
     def _ask(self, question: str) -> None:
@@ -121,6 +142,9 @@ class _Repl:
             paths = [rest] if _is_file(rest) else rest.split()
             self._attached += [_readable(path) for path in paths]
             say(f"{len(self._attached)} picture(s) go with the next question")
+        elif name == "/drop":
+            say(f"{len(self._attached)} picture(s) do not go with the next question after all")
+            self._attached = []
         elif name == "/images":
             _print_images(self._session.images, self._attached)
         elif name == "/undo":
@@ -215,23 +239,3 @@ def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path]) -> No
         print(f"{'next':6} {printable(path)}")
     if not images and not attached:
         print("no pictures yet: /image PATH")
-
-
-def _plain_lines() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        yield line.decode(errors="replace")
-
-
-def _edited_lines() -> Iterator[str]:
-    """Lines typed at a terminal, with editing, history, and completion of commands and paths."""
-    from mmchat.cli.editor import editor
-
-    say("type a question; /help lists the commands")
-    prompt = editor(HELP)
-    while True:
-        try:
-            yield prompt()
-        except KeyboardInterrupt:
-            say("/quit or Ctrl-D leaves")
-        except EOFError:
-            return
