@@ -250,6 +250,8 @@ def test_chat_from_lines(red: Path, green: Path, tmp_path: Path) -> None:
         "/images",
         CIRCLE,
         "/images",
+        f"/image {red}",
+        "/drop",
         f"/image {green}",
         "/images",
         CIRCLE,
@@ -279,7 +281,7 @@ def test_chat_from_lines(red: Path, green: Path, tmp_path: Path) -> None:
     assert shown[7].strip()
     assert shown[8].strip()
     assert [line.split()[0] for line in shown[9:]] == [
-        "/image", "/images", "/undo", "/save", "/stats", "/help", "/quit",
+        "/image", "/drop", "/images", "/undo", "/save", "/stats", "/help", "/quit",
     ]  # fmt: skip
 
     assert err.count("generate") == 1  # the table, once
