@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -166,8 +167,10 @@ def _header(file: Any, name: str, max_pixels: int) -> Image:
     try:
         with _damage_told(name):
             return pil.open(file, formats=_FORMATS)
-    except pil.DecompressionBombError:
-        raise ImageError(f"{name}: has more pixels than are safe to decode (limit {max_pixels:,})") from None
+    except pil.DecompressionBombError as error:
+        told = re.search(r"\d+ pixels", str(error))
+        n_pixels = f"{told[0]} are" if told else "that is"
+        raise ImageError(f"{name}: {n_pixels} more than is safe to decode (limit {max_pixels:,})") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a picture ({', '.join(_FORMATS)} can be read)") from None
 

@@ -230,6 +230,7 @@ def build(
             max_patches=max_patches,
         )
 
+    plan((1, 1))  # refuses an impossible max_slice_nums, pictures or not
     parsed = [_message(message, f"message {i}", remaining, plan) for i, message in enumerate(messages)]
     if system_prompt:
         if parsed and parsed[0].role == "system":

@@ -100,7 +100,9 @@ def open(
     if context_rows is not None and context_rows < 1:
         raise ModelDirError(f"context_rows is {context_rows}; it must be at least 1")
     spec = open_model(model)
-    limit = min(context_rows or spec.llm.context_rows, spec.llm.context_rows)
+    limit = context_rows or spec.llm.context_rows
+    if limit > spec.llm.context_rows:
+        raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.llm.context_rows}")
     runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads)
     runtime.llm.worker.start()
     return runtime

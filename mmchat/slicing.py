@@ -84,8 +84,8 @@ def plan_slices(
         ("height", height, _LARGEST_SIDE),
         ("max_slice_nums", max_slice_nums, _MOST_SLICES),
     ):
-        if not 1 <= value <= most:
-            raise ImageError(f"{name} is {value}; it must be from 1 to {most:,}")
+        if not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+            raise ImageError(f"{name} is {value}; it must be a whole number from 1 to {most:,}")
     if patch_size < 1 or scale_resolution < patch_size or (max_patches is not None and max_patches < 1):
         raise ImageError(
             f"scale_resolution {scale_resolution}, patch_size {patch_size}, max_patches {max_patches}: need "

@@ -76,7 +76,9 @@ class Store:
             with self._lock():
                 pass
         except OSError as error:
-            raise StoreError(f"{self.root}: no place for embeddings ({error.strerror or error})") from None
+            raise StoreError(
+                f"{self.root}: no place for embeddings ({error.strerror or error}); MMCHAT_STORE names another folder"
+            ) from None
 
     def has(self, key: str) -> bool:
         """Whether an embedding of the right length is there; its checksum is get's affair.  Counts as a use."""
@@ -142,7 +144,9 @@ class Store:
                 self._set_total(total)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(f"{self.root}: embedding not kept ({error.strerror or error})") from None
+            raise StoreError(
+                f"{self.root}: embedding not kept ({error.strerror or error}); MMCHAT_STORE names another folder"
+            ) from None
 
     @contextlib.contextmanager
     def lease(self, keys: Iterable[str]) -> Iterator[None]:

@@ -40,7 +40,7 @@ _STEP_S = 0.1
 
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[3:]
+sys.path[:] = sys.argv[4:]
 from mmchat.child import main
 main(int(sys.argv[1]), int(sys.argv[2]))
 """
@@ -141,7 +141,8 @@ class Worker:
         try:
             descriptors = (theirs.fileno(), their_lifeline)
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), *sys.path],
+                # The name is for people who look at a list of processes.
+                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), f"mmchat-{self.name}-worker", *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

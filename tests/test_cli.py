@@ -214,7 +214,12 @@ def test_wrong_usage(red: Path, tmp_path: Path) -> None:
     refused("ask", red, "Hello?", "--model", tmp_path / "none")
     refused("ask", red, "Hello?", "--model", tmp_path)
     refused("ask", red, "Hello?", "--engine", "abacus")
-    refused("ask", red, "Hello?", "--top-p", "2")
+    assert "--top-p is 2.0" in refused("ask", red, "Hello?", "--top-p", "2", code=2)
+    assert "--seed is" in refused("ask", red, "Hello?", "--seed", "9" * 23, code=2)
+    assert "write \\{{" in refused("ask", "Is {{none.png}} red?", code=2)
+    assert "the question is empty" in refused("ask", f"{{{{{red}}}}}", code=2)
+    assert "not text" in refused("ask", "-", stdin=red.read_bytes(), code=2)
+    assert "has 2048" in refused("ask", red, "Hello?", "--context", "99999")
     refused("ask", red, "Hello?", "--store", red / "below a file")
     refused("slices", red, "--max-slices", "3", "--save", tmp_path / "cut.xyz", code=2)
     refused("slices", red, "--save", tmp_path / "none" / "cut.png")
@@ -222,6 +227,28 @@ def test_wrong_usage(red: Path, tmp_path: Path) -> None:
         code, out, err = run_here(*words)
         assert code == 2
         assert (out + err).strip()
+
+
+def test_braces_that_name_no_picture_are_text(red: Path) -> None:
+    out, err = mmchat_command("ask", red, "What colour is the \\{{circle}} {{ }}?")
+    assert (out.strip() != "", err) == (True, "")
+
+
+def test_a_closed_stdout_is_told(red: Path) -> None:
+    command = f'exec "$0" "$@" {">&-"}'
+    done = subprocess.run(
+        ["sh", "-c", command, *MMCHAT, "slices", str(red)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mmchat: stdout is closed: there is nowhere to write an answer to\n"
+
+
+def test_chat_as_json_prints_json_alone(red: Path) -> None:
+    out, _ = mmchat_command("chat", red, "--json", stdin=f"/images\n{CIRCLE}\n/images\n/help\n")
+    first, answer, last = map(json.loads, out.splitlines())
+    assert (first["images"], first["attached"]) == ([], [str(red)])
+    assert answer["stop_reason"] == "stop"
+    assert last["images"][0]["id"] == "img1"
 
 
 def test_a_traceback_only_where_it_is_asked_for(tmp_path: Path) -> None:

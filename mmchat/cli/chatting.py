@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 import mmchat
-from mmchat.cli.options import Opening, Talk, UsageError, printable, say
+from mmchat.cli.options import Opening, Talk, UsageError, describe, printable, say
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
@@ -24,7 +24,7 @@ from mmchat.runtime import Runtime
 from mmchat.session import ImageHandle, Reply, Session
 from mmchat.transcript import save_transcript
 
-_IN_TEXT = re.compile(r"\{\{(.+?)\}\}", re.DOTALL)
+_IN_TEXT = re.compile(r"(?<!\\)\{\{[ \t]*([^{}\s][^{}]*?)[ \t]*\}\}")
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 HELP = """\
@@ -44,10 +44,14 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
     if words.count("-") > 1:
         raise UsageError("stdin can be one thing only: a picture, or the question")
     if question == "-":
-        question = sys.stdin.buffer.read().decode(errors="replace")
+        try:
+            question = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError:
+            raise UsageError("the question on stdin is not text (UTF-8); a picture comes before the question") from None
     elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and _is_file(question):
         raise UsageError(f"the last word must be the question, but {question} is a picture")
-    if not question.strip():
+    parts = split_pictures(question)
+    if not any(isinstance(part, str) and part.strip() for part in parts):
         raise UsageError("the question is empty: ask something")
     images = [sys.stdin.buffer.read() if picture == "-" else Path(picture) for picture in pictures]
     for image in images:  # before a model is loaded
@@ -55,7 +59,7 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
             pass
     with _open(opening) as runtime:
         session = _session(runtime, talk)
-        reply = session.ask(split_pictures(question), images, **sampling)
+        reply = session.ask(parts, images, **sampling)
         _show(reply, runtime, talk)
 
 
@@ -109,9 +113,11 @@ class _Repl:
                 self._command(*line.split(maxsplit=1))
             elif line:
                 self._ask(line)
+        except BrokenPipeError:
+            raise
         except (MmchatError, OSError, UsageError) as error:
             self.n_failed += 1
-            say(error)
+            say(describe(error))
         except KeyboardInterrupt:
             say("interrupted")
         return True
@@ -146,7 +152,7 @@ class _Repl:
             say(f"{len(self._attached)} picture(s) do not go with the next question after all")
             self._attached = []
         elif name == "/images":
-            _print_images(self._session.images, self._attached)
+            _print_images(self._session.images, self._attached, self._talk.as_json)
         elif name == "/undo":
             if rest and not rest.isdecimal():
                 raise UsageError(f"/undo takes a number of turns, not {rest!r}")
@@ -161,7 +167,7 @@ class _Repl:
             self._stats = not self._stats
             say(f"times are {'shown' if self._stats else 'not shown'}")
         elif name == "/help":
-            print(HELP)
+            print(HELP, file=sys.stderr if self._talk.as_json else sys.stdout)
         else:
             raise UsageError(f"unknown command {name}; /help lists the commands")
 
@@ -174,12 +180,22 @@ def _is_file(text: str) -> bool:
 
 
 def split_pictures(text: str) -> list[str | Path]:
-    """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed."""
-    if not _IN_TEXT.search(text):
-        return [text]
+    """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed.
+
+    A backslash before {{ makes it text.  Raises UsageError for a name that is no file.
+    """
     pieces = _IN_TEXT.split(text)  # texts at even places, paths at odd ones
-    parts = [Path(os.path.expanduser(piece.strip())) if i % 2 else piece.strip() for i, piece in enumerate(pieces)]
-    return [part for part in parts if part != ""]
+    if len(pieces) == 1:
+        return [text.replace("\\{{", "{{")]
+    parts: list[str | Path] = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            parts += [piece.strip().replace("\\{{", "{{")] if piece.strip() else []
+        elif _is_file(piece):
+            parts.append(Path(os.path.expanduser(piece)))
+        else:
+            raise UsageError(f"{{{{{piece}}}}} in the question: no such file (write \\{{{{ for braces that are text)")
+    return parts
 
 
 def _open(opening: Opening) -> Runtime:
@@ -230,7 +246,14 @@ def _readable(picture: str) -> Path:
     return path
 
 
-def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path]) -> None:
+def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path], as_json: bool) -> None:
+    if as_json:
+        known = [
+            {"id": i.id, "turn": i.turn, "size": i.size, "slices": i.slices, "rows": i.rows, "name": i.name}
+            for i in images
+        ]
+        print(json.dumps({"images": known, "attached": [printable(path) for path in attached]}), flush=True)
+        return
     for image in images:
         size = f"{image.size[0]}x{image.size[1]}"
         cost = f"{image.slices:>2} slices  {image.rows:>4} rows"
