@@ -1,0 +1,60 @@
+"""Compile the stand-in library, once per ABI family and release; later calls find it in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from mmchat.rkllm_abi import FAMILIES, FAMILY_OF_VERSION
+from tools.write_rkllm_headers import header_name
+
+SOURCE = Path(__file__).with_name("standin.c")
+INCLUDE = Path(__file__).with_name("include")
+_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+_LIBRARIES = ("-Wl,--no-undefined", "-lm", "-lpthread")
+
+# What the KV cache does with embedding input, as far as it is documented or was reported.
+_KV_RULE = {"1.1": "none", "1.2.0": "broken-append", "1.2.1b1": "broken-append", "1.3.0": "prefix"}
+_KV_RULE_OF_VERSION = {"1.2.1": "broken-append", "1.2.2": "broken-append", "1.2.3": "prefix"}
+
+
+def compiler() -> str | None:
+    """The C compiler: $CC, else cc; None where there is none."""
+    return shutil.which(os.environ.get("CC") or "cc")
+
+
+def build(family: str, version: str | None = None) -> Path:
+    """The library of a family, as its newest release or as the version given.
+
+    Raises subprocess.CalledProcessError where it does not compile.
+    """
+    version = version or FAMILIES[family].versions[-1]
+    rule = _KV_RULE_OF_VERSION.get(version) or _KV_RULE[FAMILY_OF_VERSION.get(version, family)]
+    header = INCLUDE / header_name(family)
+    defines = {
+        "FAMILY_HEADER": f'"{header}"',
+        "ABI": str(1 + list(FAMILIES).index(family)),
+        "VERSION": f'"{version}"',
+        "KV_RULE": f'"{rule}"',
+    }
+    command = [compiler() or "cc", *_FLAGS, *(f"-D{name}={value}" for name, value in defines.items())]
+    return compile_library([*command, str(SOURCE), *_LIBRARIES], [SOURCE, header], "librkllmrt.so")
+
+
+def compile_library(command: list[str], sources: list[Path], name: str) -> Path:
+    """Run the command, with `-o` the result, unless it was run before on the same sources."""
+    digest = hashlib.sha256("\0".join(command).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"mmchat-standin-{os.getuid()}" / digest.hexdigest()[:24]
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / name
+            subprocess.run([*command, "-o", str(made)], check=True)
+            made.replace(folder / name)
+    return folder / name
