@@ -86,7 +86,8 @@ def _tensors(checkpoint: Checkpoint, spec: LlmSpec, n_tokens: int) -> Iterator[N
 
 def _panels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """(outputs, inputs) -> (outputs / 16, inputs, 16): what the inner loop reads is then in one piece."""
-    return weight.reshape(-1, _COLUMNS, weight.shape[1]).transpose(0, 2, 1)
+    panels: NDArray[np.float32] = weight.reshape(-1, _COLUMNS, weight.shape[1]).transpose(0, 2, 1)
+    return panels
 
 
 def _padded(n: int) -> int:
