@@ -205,7 +205,7 @@ def probe_in_child(path: Path, *, timeout_s: float = _PROBE_TIMEOUT_S) -> Probe:
     """
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, str(path), *sys.path],
+            [sys.executable, "-c", _PROGRAM, os.path.abspath(path), *sys.path],  # a bare name would be searched for
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_s,

@@ -51,6 +51,13 @@ def test_the_library_is_not_loaded_here() -> None:
     assert copy.name not in Path("/proc/self/maps").read_text()
 
 
+def test_a_path_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dynamic linker searches its own folders for a name without a slash."""
+    path = library("1.2.0")
+    monkeypatch.chdir(path.parent)
+    assert detect(path.name).evidence[2] == "default parameters: fit 1.2.0 or 1.2.1b1 or 1.2.1-1.2.3"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_version_text(family: str, tmp_path: Path) -> None:
     path = saying(tmp_path, family, re.sub(rb"\d", b"x", FAMILIES[family].versions[-1].encode()))
