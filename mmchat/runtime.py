@@ -107,7 +107,7 @@ def open(
 
 
 def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
-    *firsts, last = [Path(folder).expanduser()] if folder else default_folders(os.environ)
+    *firsts, last = [Path(os.path.expanduser(folder))] if folder else default_folders(os.environ)
     for first in firsts:
         with contextlib.suppress(StoreError):
             return Store(first, cap_bytes)

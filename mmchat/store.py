@@ -247,10 +247,8 @@ class Store:
 
     def _remove(self, path: Path) -> None:
         with contextlib.suppress(OSError), self._lock():
-            total = self._total()
-            total -= path.stat().st_size
             path.unlink()
-            self._set_total(total)
+            (self.root / "total").unlink(missing_ok=True)  # a damaged file's size is not what it was counted with
 
 
 def _parse(header: bytes) -> tuple[int, int, int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import typer
 
 import mmchat
-from mmchat.cli.options import Opening, Talk, UsageError, say
+from mmchat.cli.options import Opening, Talk, UsageError, printable, say
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
@@ -43,7 +44,7 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
         raise UsageError("stdin can be one thing only: a picture, or the question")
     if question == "-":
         question = sys.stdin.buffer.read().decode(errors="replace")
-    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and Path(question).is_file():
+    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and _is_file(question):
         raise UsageError(f"the last word must be the question, but {question} is a picture")
     if not question.strip():
         raise UsageError("the question is empty: ask something")
@@ -117,7 +118,7 @@ class _Repl:
         if name == "/image":
             if not rest:
                 raise UsageError("/image needs the path of a picture")
-            paths = [rest] if Path(rest).expanduser().is_file() else rest.split()
+            paths = [rest] if _is_file(rest) else rest.split()
             self._attached += [_readable(path) for path in paths]
             say(f"{len(self._attached)} picture(s) go with the next question")
         elif name == "/images":
@@ -130,7 +131,7 @@ class _Repl:
         elif name == "/save":
             if not rest:
                 raise UsageError("/save needs a file name")
-            save_transcript(self._session, Path(rest).expanduser())
+            save_transcript(self._session, Path(os.path.expanduser(rest)))
             say(f"saved {len(self._session.turns)} turn(s) to {rest}")
         elif name == "/stats":
             self._stats = not self._stats
@@ -141,12 +142,19 @@ class _Repl:
             raise UsageError(f"unknown command {name}; /help lists the commands")
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(os.path.expanduser(text)).is_file()
+    except (OSError, ValueError):  # too long, a null character
+        return False
+
+
 def split_pictures(text: str) -> list[str | Path]:
     """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed."""
     if not _IN_TEXT.search(text):
         return [text]
     pieces = _IN_TEXT.split(text)  # texts at even places, paths at odd ones
-    parts = [Path(piece.strip()).expanduser() if i % 2 else piece.strip() for i, piece in enumerate(pieces)]
+    parts = [Path(os.path.expanduser(piece.strip())) if i % 2 else piece.strip() for i, piece in enumerate(pieces)]
     return [part for part in parts if part != ""]
 
 
@@ -192,7 +200,7 @@ def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
 
 def _readable(picture: str) -> Path:
     """Raises ImageError now, not when the question is asked."""
-    path = Path(picture).expanduser()
+    path = Path(os.path.expanduser(picture))
     with open_image(path) as opened:
         opened.read()
     return path
@@ -204,7 +212,7 @@ def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path]) -> No
         cost = f"{image.slices:>2} slices  {image.rows:>4} rows"
         print(f"{image.id:6} turn {image.turn:<3} {size:>11}  {cost}  {image.name}")
     for path in attached:
-        print(f"{'next':6} {path}")
+        print(f"{'next':6} {printable(path)}")
     if not images and not attached:
         print("no pictures yet: /image PATH")
 

@@ -84,9 +84,14 @@ class UsageError(Exception):
     """The command was called wrongly: exit code 2."""
 
 
+def printable(text: object) -> str:
+    """Text that any terminal takes: file names may hold what is no Unicode."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 def say(error: BaseException | str) -> None:
     """One line on stderr."""
-    sys.stderr.write(f"mmchat: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"mmchat: {' '.join(printable(error).split())}\n")
 
 
 @contextlib.contextmanager
