@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +12,7 @@ from mmchat.llm_proc import LlmClient
 from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
-from mmchat.store import DEFAULT_CAP_BYTES, Store
+from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
 from mmchat.vision_proc import VisionClient
 
 ENGINES = ("auto", "openvino", "rkllm")
@@ -109,11 +109,8 @@ def open(
 
 
 def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
-    folder = folder or os.environ.get("MMCHAT_STORE")
-    if folder:
-        return Store(Path(os.path.expanduser(folder)), cap_bytes)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        return Store(cache / "mmchat" / "embeddings", cap_bytes)
-    except StoreError:
-        return Store(Path(tempfile.gettempdir()) / f"mmchat-{os.getuid()}" / "embeddings", cap_bytes)
+    *firsts, last = [Path(os.path.expanduser(folder))] if folder else default_folders(os.environ)
+    for first in firsts:
+        with contextlib.suppress(StoreError):
+            return Store(first, cap_bytes)
+    return Store(last, cap_bytes)

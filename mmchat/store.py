@@ -20,9 +20,10 @@ import mmap
 import os
 import re
 import struct
+import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,15 @@ _MAGIC, _FORMAT = b"MMCHATEM", 1
 _KEY = re.compile(r"[0-9a-f]{64}")
 _EVICT_TO = 0.9  # of the cap, so that a full store is not scanned at every write
 _STALE_TEMPORARY_S = 3600
+
+
+def default_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where embeddings are kept unless a folder is given: the first of these that can be used."""
+    if named := environ.get("MMCHAT_STORE"):
+        return (Path(os.path.expanduser(named)),)
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    temporary = Path(tempfile.gettempdir()) / f"mmchat-{os.getuid()}"
+    return Path(cache) / "mmchat" / "embeddings", temporary / "embeddings"
 
 
 def slice_key(pixels: NDArray[np.uint8], encoder_digest: str) -> str:

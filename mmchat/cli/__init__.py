@@ -163,6 +163,23 @@ def prompt(
         showing.prompt(conversation, tokenizer, model, as_json)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help='A model folder, or "demo", to look at as well.')
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Look at this machine, and at a model folder: what is wrong, and what to do about it.
+
+    Nothing is loaded or changed.  The exit code is 1 where something is a problem.
+    """
+    from mmchat.cli import doctoring
+
+    with options.errors_as_lines():
+        doctoring.doctor(model, as_json)
+
+
 def main() -> None:
     """The mmchat command."""
     _open_standard_files()
