@@ -1,1 +1,92 @@
+"""mmchat: chat about many images over many turns with MiniCPM-V-2.6.
+
+    import mmchat
+
+    with mmchat.open("demo") as rt:
+        chat = rt.session()
+        for text in chat.ask("What colour is the circle?", images=["circle.png"]):
+            print(text, end="", flush=True)
+
+Importing this imports nothing heavy: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmchat.engine import Sampling
+    from mmchat.errors import (
+        ContextFull,
+        EngineBusy,
+        EngineError,
+        ImageError,
+        MmchatError,
+        ModelDirError,
+        PromptError,
+        SessionError,
+        StoreError,
+        WorkerDied,
+        WorkerError,
+        WorkerTimeout,
+    )
+    from mmchat.runtime import Runtime, open
+    from mmchat.session import ImageHandle, Reply, Session, Turn, Usage
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "engine": ("Sampling",),
+    "errors": (
+        "ContextFull",
+        "EngineBusy",
+        "EngineError",
+        "ImageError",
+        "MmchatError",
+        "ModelDirError",
+        "PromptError",
+        "SessionError",
+        "StoreError",
+        "WorkerDied",
+        "WorkerError",
+        "WorkerTimeout",
+    ),
+    "runtime": ("Runtime", "open"),
+    "session": ("ImageHandle", "Reply", "Session", "Turn", "Usage"),
+}
+
+__all__ = [
+    "ContextFull",
+    "EngineBusy",
+    "EngineError",
+    "ImageError",
+    "ImageHandle",
+    "MmchatError",
+    "ModelDirError",
+    "PromptError",
+    "Reply",
+    "Runtime",
+    "Sampling",
+    "Session",
+    "SessionError",
+    "StoreError",
+    "Turn",
+    "Usage",
+    "WorkerDied",
+    "WorkerError",
+    "WorkerTimeout",
+    "__version__",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"mmchat.{module}"), name)
+    raise AttributeError(f"module 'mmchat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

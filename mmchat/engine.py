@@ -1,4 +1,4 @@
-"""What an LLM engine takes and gives: values and one protocol, no implementation.
+"""What an LLM engine and a vision encoder take and give: values and two protocols, no implementation.
 
 A request is a whole conversation as pieces.  What of it is already in the engine's KV cache is the engine's own
 business; it reports the counts.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mmchat.errors import PromptError
+from mmchat.errors import ContextFull, PromptError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 StopReason = Literal["stop", "length", "cancelled"]
 
@@ -136,7 +140,44 @@ class Done:
     generate_s: float
 
 
-Event = Prefill | Token | Done
+@dataclass(frozen=True)
+class Restarted:
+    """The worker that ran the request died (why: its error) and another goes on where it was; only clients say so."""
+
+    why: str
+
+
+Event = Prefill | Token | Done | Restarted
+
+
+def check_fits(n_prompt: int, max_new_tokens: int, limit: int) -> None:
+    """The sequence cap, checked by the session and again by every engine.  Raises ContextFull."""
+    if n_prompt + max_new_tokens > limit:
+        raise ContextFull(n_prompt, max_new_tokens, limit)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a Vision did: slices put into the store, seconds of encoding alone, workers replaced meanwhile."""
+
+    n_slices: int
+    seconds: float
+    restarts: int
+
+
+class Vision(Protocol):
+    """What a session needs of the vision encoder."""
+
+    def encode(
+        self,
+        slices: Sequence[tuple[str, NDArray[np.uint8]]],
+        progress: Callable[[int, int], None],
+        should_stop: Callable[[], bool],
+    ) -> Encoded:
+        """Put the embedding of every (store key, pixels (height, width, 3)) into the store.
+
+        progress: called with (slices done, slices in all).  should_stop: asked while waiting; True ends early.
+        """
 
 
 class Engine(Protocol):

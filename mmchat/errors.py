@@ -6,6 +6,7 @@ MmchatError                     catch this one
 ├── ContextFull (ValueError)    the prompt and the answer do not fit the context
 ├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
 ├── StoreError                  the embedding store cannot be read or written
+│   └── MissingEmbeddings       it no longer has what a request refers to
 ├── SessionError (ValueError)   a session call that its state does not allow
 ├── EngineBusy                  another answer is still being streamed by the same thread
 └── EngineError                 the engine failed
@@ -15,6 +16,8 @@ MmchatError                     catch this one
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class MmchatError(Exception):
@@ -49,6 +52,14 @@ class ModelDirError(MmchatError, ValueError):
 
 class StoreError(MmchatError):
     """The embedding store cannot be read or written."""
+
+
+class MissingEmbeddings(StoreError):
+    """The store no longer has these keys (evicted, or damaged and removed): encode the slices again."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys = tuple(keys)
+        super().__init__(f"{len(self.keys)} image embedding(s) are no longer in the store")
 
 
 class SessionError(MmchatError, ValueError):

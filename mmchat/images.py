@@ -6,19 +6,23 @@ hides, and clips 16-bit grey to white, so by default (reference=False):
 * EXIF orientation is applied;
 * transparency is laid over white;
 * grey deeper than 8 bits is scaled: 16-bit by 255/65535; "I" (32-bit) and "F" (float) pictures by the range their
-  largest value fits into: 1.0 (F only), 255, 65535, or that value itself; negative values become 0.
+  largest value fits into: 1.0 (F only), 255, 65535, or that value itself; negative values become 0;
+* a JPEG that is far larger than needed is decoded at a fraction of its size (OpenedImage.read).
 
-reference=True keeps the reference's rule for all three.  Either way a file's size is checked in its header, before
+reference=True keeps the reference's rule for all four.  Either way a file's size is checked in its header, before
 any pixel is decoded, and of an animation the first frame is taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,50 +33,108 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from mmchat.slicing import Size
+
     ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[Any]
 
 # What Pillow itself refuses to open; 108-megapixel phone photos pass.
 MAX_PIXELS = 178_956_970
 
 # Only plain raster formats: Pillow's others run outside programs (EPS) or are rarely exercised decoders.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _PLUGINS = ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP")
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, MemoryError)
 
 
-def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> Image:
-    """source as an RGB image, its pixels decoded.
+class OpenedImage:
+    """A picture whose header was read: its size is known, its pixels are not decoded yet."""
+
+    def __init__(self, image: Image, name: str, *, reference: bool, max_pixels: int, owned: bool) -> None:
+        """owned: close the image in the end.  Raises ImageError where the size is bad."""
+        self._image, self._name, self._reference, self._owned = image, name, reference, owned
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise ImageError(f"{name}: has no pixels ({width}x{height})")
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; not decoded"
+            )
+        self._turned = not reference and _orientation(image) >= 5  # by 90 degrees, one way or the other
+        self.size: Size = (height, width) if self._turned else (width, height)
+
+    def read(self, at_least: Size | None = None) -> Image:
+        """The picture in RGB, its pixels decoded.
+
+        at_least: (width, height) that it will be scaled down to.  A JPEG is then decoded at 1/2, 1/4 or 1/8 of its
+            size where that leaves at least twice as many pixels on both sides; never with reference=True.
+
+        Raises ImageError: truncated or damaged.
+        """
+        from PIL import ImageOps
+
+        image = self._image
+        with _damage_told(self._name):
+            if at_least is not None and not self._reference and image.format in ("JPEG", "MPO"):
+                width, height = at_least[::-1] if self._turned else at_least
+                image.draft(None, (min(image.width, 2 * width), min(image.height, 2 * height)))
+            image.load()
+            if self._reference:
+                return image if image.mode == "RGB" else image.convert("RGB")
+            if _orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+
+    def __enter__(self) -> OpenedImage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._owned:
+            self._image.__exit__(kind, error, trace)  # the file only: close() would take the pixels along
+
+
+def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+    """source, as far as its header: to be used in a with statement.
 
     source: path of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or such a file's bytes; a PIL image; or an array
         (height, width), (height, width, 1|3|4) or (1|3, height, width): uint8, uint16, bool, or float in 0..1.
     max_pixels: width x height above which a picture is refused before it is decoded.
 
-    Raises ImageError: no such file, not a picture, truncated, damaged, too many pixels, or an array of another kind.
+    Raises ImageError: no such file, not a picture, too many pixels, or an array of another kind.
     """
     from PIL import Image as pil
 
+    rules: dict[str, Any] = {"reference": reference, "max_pixels": max_pixels}
     if isinstance(source, pil.Image):
-        return _to_rgb(source, "the image", reference, max_pixels)
+        return OpenedImage(source, "the image", **rules, owned=False)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), "the array", reference, max_pixels)
+        return OpenedImage(_from_array(source), "the array", **rules, owned=True)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"the picture ({len(source)} bytes)", reference, max_pixels)
+        name = f"the picture ({len(source)} bytes)"
+        return OpenedImage(_header(io.BytesIO(source), name, max_pixels), name, **rules, owned=True)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         try:
-            with path.open("rb") as file:
-                return _decode(file, str(path), reference, max_pixels)
+            path.open("rb").close()
         except FileNotFoundError:
             raise ImageError(f"{path}: no such file") from None
         except IsADirectoryError:
             raise ImageError(f"{path}: is a folder, not a picture") from None
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
+            raise ImageError(f"{path}: cannot be read ({error})") from None
+        return OpenedImage(_header(path, str(path), max_pixels), str(path), **rules, owned=True)
     raise ImageError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
 
 
-def _decode(file: Any, name: str, reference: bool, max_pixels: int) -> Image:
+def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> Image:
+    """source as an RGB image of its full size (open_image and OpenedImage.read in one)."""
+    with open_image(source, reference=reference, max_pixels=max_pixels) as opened:
+        return opened.read()
+
+
+def _header(file: Any, name: str, max_pixels: int) -> Image:
     from importlib import import_module
 
     from PIL import Image as pil
@@ -81,40 +143,42 @@ def _decode(file: Any, name: str, reference: bool, max_pixels: int) -> Image:
     for plugin in _PLUGINS:  # these only: Image.open would otherwise import every plug-in there is
         import_module(f"PIL.{plugin}ImagePlugin")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels below decides
-            with pil.open(file, formats=_FORMATS) as image:
-                return _to_rgb(image, name, reference, max_pixels)
-    except ImageError:
-        raise
+        with _damage_told(name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides
+            return pil.open(file, formats=_FORMATS)
     except pil.DecompressionBombError:
         raise ImageError(f"{name}: has more pixels than are safe to decode (limit {max_pixels:,})") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a picture ({', '.join(_FORMATS)} can be read)") from None
-    except _BROKEN as error:
-        raise ImageError(f"{name}: truncated or damaged picture ({_one_line(error)})") from None
 
 
-def _to_rgb(image: Image, name: str, reference: bool, max_pixels: int) -> Image:
-    """Raises ImageError before the pixels are touched where the size is bad."""
-    from PIL import Image as pil
-    from PIL import ImageOps
+@contextlib.contextmanager
+def _damage_told(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes one ImageError."""
+    from PIL import UnidentifiedImageError
 
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: has no pixels ({width}x{height})")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; it was not decoded"
-        )
     try:
-        image.load()
+        yield
+    except (ImageError, UnidentifiedImageError):
+        raise
     except _BROKEN as error:
-        raise ImageError(f"{name}: truncated or damaged picture ({_one_line(error)})") from None
-    if reference:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    oriented = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
-    image = image if oriented is None else oriented
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name}: truncated or damaged picture ({reason})") from None
+
+
+def _orientation(image: Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; damaged EXIF counts as none."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except _BROKEN:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image) -> Image:
+    """The kinder rules of the module's docstring, orientation apart."""
+    from PIL import Image as pil
+
     if image.mode in _DEEP_GREY:
         image = _scale_grey(image)
     if image.has_transparency_data:
@@ -159,7 +223,3 @@ def _from_array(array: NDArray[Any]) -> Image:
     elif array.dtype != np.uint8:
         raise ImageError(f"an array of {array.dtype} is not a picture: uint8, uint16, bool or float (0..1) is")
     return pil.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

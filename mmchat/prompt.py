@@ -210,6 +210,13 @@ def build(
     """
     if not isinstance(tokenizer, ChatTokenizer):
         tokenizer = ChatTokenizer(tokenizer)
+    for name, value, kind in (
+        ("system_prompt", system_prompt, str),
+        ("use_image_id", use_image_id, bool),
+        ("max_slice_nums", max_slice_nums, int),
+    ):
+        if value is not None and type(value) is not kind:
+            raise PromptError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     if max_slice_nums is None:
         max_slice_nums = 9
     remaining = iter(sizes)
@@ -256,7 +263,7 @@ def _message(message: Any, where: str, sizes: Any, plan: Callable[[Size], SliceP
             parts.append(Picture(plan((size[0], size[1]))))
         else:
             raise PromptError(
-                f'{where}, part {number}: must be {{"type": "text", "text"}} or {{"type": "image", "size"}}, not {part!r}'
+                f'{where}, part {number}: {part!r} is no {{"type": "text", "text"}} or {{"type": "image", "size"}}'
             )
     return Message(message["role"], tuple(parts))
 
@@ -316,3 +323,10 @@ class _Assembler:
     def finish(self) -> Prompt:
         self._flush()
         return Prompt(tuple(self._pieces), self._ids, self._spans)
+
+
+def picture_rows(plan: SlicePlan, tokenizer: ChatTokenizer, query_num: int, image_id: int | None = 0) -> int:
+    """Rows of the prompt that one picture takes, tags included."""
+    out = _Assembler(tokenizer, query_num)
+    out.picture(Picture(plan), image_id)
+    return out.finish().n_rows

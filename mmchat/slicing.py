@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-# Below this a second thread costs more than it saves (measured: benchmarks/slicing.md).
-_PARALLEL_FROM_PX = 1_000_000
+_LARGEST = 1_000_000_000
+
+# Below this a second thread costs more than it saves (measured: benchmarks/host.md).
+_PARALLEL_FROM_PX = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,11 @@ def plan_slices(
         never below one; where that leaves a strip one patch high that is still too long, its length is cut to
         max_patches.  Only very elongated pictures meet this (1056 patches hold every view up to 5.57:1).
 
-    Raises ImageError for sizes and limits below 1.
+    Raises ImageError for sizes and limits below 1 or above a billion.
     """
     for name, value in (("width", width), ("height", height), ("max_slice_nums", max_slice_nums)):
-        if value < 1:
-            raise ImageError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= value <= _LARGEST:
+            raise ImageError(f"{name} is {value}; it must be from 1 to {_LARGEST:,}")
     if patch_size < 1 or scale_resolution < patch_size or (max_patches is not None and max_patches < 1):
         raise ImageError(
             f"scale_resolution {scale_resolution}, patch_size {patch_size}, max_patches {max_patches}: need "
@@ -111,14 +113,15 @@ def plan_slices(
 def slice_image(image: Image, plan: SlicePlan) -> list[NDArray[np.uint8]]:
     """The encoder's inputs, each (height, width, 3) uint8 and C-contiguous: the source, then the cells row by row.
 
-    image: of plan.size; other modes than RGB are converted as the reference does (mmchat.images has kinder rules).
+    image: of plan.size, or a JPEG of that size decoded at 1/2, 1/4 or 1/8; other modes than RGB are converted as the
+        reference does (mmchat.images has kinder rules).
     Source and cells are both scaled from the original, at the same time where there is more than one CPU.
 
     Raises ImageError where the plan is for another size.
     """
     from PIL.Image import Resampling
 
-    if image.size != plan.size:
+    if image.size not in {(-(-plan.size[0] // k), -(-plan.size[1] // k)) for k in (1, 2, 4, 8)}:
         raise ImageError(
             f"the plan is for {plan.size[0]}x{plan.size[1]}, the picture has {image.size[0]}x{image.size[1]}"
         )
@@ -147,7 +150,7 @@ def _round_to(length: float, divisor: int) -> int:
 
 
 def _best_size(width: float, height: float, resolution: int, patch_size: int, *, upscale: bool) -> Size:
-    """About resolution² pixels in the same shape.  Height first, then width from the truncated height: not symmetric."""
+    """About resolution² pixels, same shape.  Height first, then width from the truncated height: not symmetric."""
     if upscale or width * height > resolution * resolution:
         ratio = width / height
         height = int(resolution / math.sqrt(ratio))

@@ -1,0 +1,193 @@
+"""Tensors of a checkpoint folder, by name, without loading the checkpoint: safetensors headers and memory maps.
+
+The format is 8 bytes of header length, a JSON header, then the tensors' bytes.  The safetensors library reads tensors
+into memory and has no bfloat16 for numpy; here their place in the file is what is needed: to map an embedding table
+of a gigabyte, and to hand bfloat16 weights to an engine as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.errors import ModelDirError
+
+# Formats that numpy has; BF16 is read as its raw uint16.
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: dtype as safetensors names it, [start, end) bytes of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file.
+
+    Raises ModelDirError: missing, foreign, damaged, or shorter or longer than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            n_header = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES
+            if n_header >= min(size - 7, _MAX_HEADER_BYTES):
+                raise ModelDirError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes)")
+            text = file.read(n_header)
+    except OSError as error:
+        raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
+    data = 8 + n_header
+    try:
+        entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"],
+                tuple(int(n) for n in entry["shape"]),
+                data + int(entry["data_offsets"][0]),
+                data + int(entry["data_offsets"][1]),
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise ModelDirError(f"{path}: not a safetensors file (its header is not the JSON that belongs there)") from None
+    end = max((info.end for info in tensors.values()), default=data)
+    if end != size:
+        what = "truncated" if end > size else "longer than its header says"
+        raise ModelDirError(f"{path}: {what}: the header needs {end} bytes, the file has {size}")
+    for name, info in tensors.items():
+        item = np.dtype(_NUMPY[info.dtype]).itemsize if info.dtype in _NUMPY else None
+        bad_shape = any(n < 0 for n in info.shape)
+        if info.start < data or bad_shape or (item and info.end - info.start != item * prod(info.shape)):
+            raise ModelDirError(
+                f"{path}: tensor {name!r} has {info.end - info.start} bytes for {info.dtype} {info.shape}"
+            )
+    return tensors
+
+
+class TensorFile:
+    """One safetensors file, memory-mapped.  Arrays stay valid after close() as long as they are referenced."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors = read_header(self.path)
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Read-only view of the tensor in its own type; BF16 as raw uint16."""
+        info = self.tensors[name]
+        if info.dtype not in _NUMPY:
+            raise ModelDirError(f"{self.path}: tensor {name!r} is {info.dtype}; known are {', '.join(_NUMPY)}")
+        dtype = np.dtype(_NUMPY[info.dtype])
+        return np.frombuffer(self._map, dtype, prod(info.shape), info.start).reshape(info.shape)
+
+
+class Checkpoint:
+    """All tensors of a folder's *.safetensors files (one file, or shards with or without an index)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ModelDirError: no safetensors, one is damaged, or the index names a file that is not there."""
+        self.folder = Path(folder)
+        self._files = [TensorFile(path) for path in weight_files(self.folder)]
+        self._where = {name: file for file in self._files for name in file.tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        return self.file(name).tensors[name]
+
+    def file(self, name: str) -> TensorFile:
+        """Raises ModelDirError where no file has the tensor."""
+        if name not in self._where:
+            raise ModelDirError(f"{self.folder}: no tensor {name!r} in its {len(self._files)} safetensors file(s)")
+        return self._where[name]
+
+    def array(self, name: str) -> NDArray[Any]:
+        return self.file(name).array(name)
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """A copy of the tensor in float32, whatever float type it has on disk."""
+        return to_float32(self.array(name))
+
+
+def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:
+    """float16, float32, or bfloat16 (raw uint16) -> float32, exact."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.  Raises ModelDirError: none, or one of the index is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            raise ModelDirError(f"{index}: not the index of a sharded checkpoint") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelDirError(f"{folder}: {len(missing)} of {len(names)} weight files missing, first {missing[0]}")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelDirError(f"{folder}: no *.safetensors files; is this the folder of a checkpoint?")
+    return files
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Iterable[bytes]]]) -> None:
+    """Write a safetensors file: name -> (dtype, shape, its bytes in chunks).  Complete or not there at all."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape, _) in tensors.items():
+        n_bytes = np.dtype(_NUMPY[dtype]).itemsize * prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64 + 56)  # so that the data begins on a multiple of 64 bytes
+
+    def write(file: IO[bytes]) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, _, chunks in tensors.values():
+            for chunk in chunks:
+                file.write(chunk)
+        if file.tell() != 8 + len(text) + offset:
+            raise ModelDirError(f"{path}: {file.tell() - 8 - len(text)} bytes were written where {offset} belong")
+
+    write_atomic(path, write)
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Call write(file) on a temporary file beside path, flush it to disk, and move it into place."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

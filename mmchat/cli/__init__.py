@@ -1,0 +1,168 @@
+"""The command line.  Results go to stdout, everything else to stderr.  Exit codes: 0 ok, 1 it failed, 2 wrong usage.
+
+Each command is a thin front on mmchat.runtime; its module is imported when it is called, so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mmchat import __version__
+from mmchat.cli import options
+
+app = typer.Typer(
+    name="mmchat",
+    help="Chat about many images over many turns with MiniCPM-V-2.6, on a Rockchip NPU or any CPU.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmchat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    options.debug = debug
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def ask(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PICTURE]... QUESTION",
+            help="Pictures, then the question. '-' takes a picture, or as the last word the question, from stdin. "
+            "{{path}} in the question puts a picture right there.",
+        ),
+    ],
+    model: options.Model = "demo",
+    engine: options.Engine = "auto",
+    system: options.System = None,
+    max_slices: options.MaxSlices = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    store: options.StoreFolder = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    reference_pixels: options.ReferencePixels = False,
+    stats: options.Stats = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ask one question, about pictures or without.
+
+    Example: mmchat ask street.png "What does the sign say?"
+    """
+    from mmchat.cli import chatting
+
+    with options.errors_as_lines():
+        chatting.ask(
+            words,
+            options.Opening(model, engine, store, context, threads),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json),
+            options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
+        )
+
+
+@app.command()
+def chat(
+    pictures: Annotated[
+        list[str] | None, typer.Argument(metavar="[PICTURE]...", help="Pictures for the first question.")
+    ] = None,
+    model: options.Model = "demo",
+    engine: options.Engine = "auto",
+    system: options.System = None,
+    max_slices: options.MaxSlices = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    store: options.StoreFolder = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    reference_pixels: options.ReferencePixels = False,
+    stats: options.Stats = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Chat over many turns; /help lists the commands.
+
+    Without a terminal, every line of stdin is a question or a command.
+    """
+    from mmchat.cli import chatting
+
+    with options.errors_as_lines():
+        chatting.chat(
+            pictures or [],
+            options.Opening(model, engine, store, context, threads),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json),
+            options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
+        )
+
+
+@app.command()
+def slices(
+    picture: Annotated[str, typer.Argument(help="The picture; '-' for stdin.")],
+    model: options.Model = "demo",
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of a square view in pixels; 448 in MiniCPM-V-2.6. [default: the model's]")
+    ] = None,
+    max_slices: options.MaxSlices = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the cut over the picture.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show how a picture is cut, and what it costs in rows."""
+    from mmchat.cli import showing
+
+    with options.errors_as_lines():
+        showing.slices(picture, model, resolution, max_slices, save, as_json)
+
+
+@app.command()
+def prompt(
+    conversation: Annotated[str, typer.Argument(metavar="FILE", help="The conversation as JSON; '-' for stdin.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A MiniCPM-V-2.6 tokenizer.json; the other numbers are its.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Take tokenizer, numbers and budget from this model.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show the prompt of a conversation without running anything.
+
+    FILE: {"messages": [{"role", "content": [{"type": "text", "text"} or {"type": "image", "size": [w, h]}]}]} and,
+    where wanted, "system_prompt", "use_image_id", "max_slice_nums".
+    """
+    from mmchat.cli import showing
+
+    with options.errors_as_lines():
+        showing.prompt(conversation, tokenizer, model, as_json)
+
+
+def main() -> None:
+    """The mmchat command."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader of stdout left
+        sys.stderr.close()
+        raise SystemExit(1) from None

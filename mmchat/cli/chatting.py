@@ -1,0 +1,229 @@
+"""mmchat ask and mmchat chat."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+import mmchat
+from mmchat.cli.options import Opening, Talk, UsageError, say
+from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
+from mmchat.errors import MmchatError
+from mmchat.images import open_image
+from mmchat.runtime import Runtime
+from mmchat.session import ImageHandle, Reply, Session
+from mmchat.transcript import save_transcript
+
+_IN_TEXT = re.compile(r"\{\{(.+?)\}\}", re.DOTALL)
+_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+HELP = """\
+/image PATH...   attach pictures to the next question ({{PATH}} in a question puts one right there)
+/images          list the pictures of this conversation
+/undo [N]        take back the last turn, or the last N
+/save FILE       write the conversation to FILE: .json, or Markdown
+/stats           print times after each answer, or stop that
+/help            this list
+/quit            leave (Ctrl-D does too); Ctrl-C stops an answer"""
+
+
+def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]) -> None:
+    """One question.  words: pictures, then the question."""
+    *pictures, question = words
+    if words.count("-") > 1:
+        raise UsageError("stdin can be one thing only: a picture, or the question")
+    if question == "-":
+        question = sys.stdin.buffer.read().decode(errors="replace")
+    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and Path(question).is_file():
+        raise UsageError(f"the last word must be the question, but {question} is a picture")
+    if not question.strip():
+        raise UsageError("the question is empty: ask something")
+    images = [sys.stdin.buffer.read() if picture == "-" else Path(picture) for picture in pictures]
+    for image in images:  # before a model is loaded
+        with open_image(image):
+            pass
+    with _open(opening) as runtime:
+        session = _session(runtime, talk)
+        reply = session.ask(split_pictures(question), images, **sampling)
+        _show(reply, runtime, talk)
+
+
+def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]) -> None:
+    """Many questions, from a terminal or from lines of stdin."""
+    attached: list[Path] = [_readable(picture) for picture in pictures]
+    with _open(opening) as runtime:
+        repl = _Repl(runtime, talk, sampling, attached)
+        interactive = sys.stdin.isatty()
+        for line in _edited_lines() if interactive else _plain_lines():
+            if not repl.handle(line):
+                break
+        if repl.n_failed and not interactive:
+            raise typer.Exit(1)
+
+
+class _Repl:
+    """handle(line) does what a line says; False where it says to leave."""
+
+    def __init__(self, runtime: Runtime, talk: Talk, sampling: dict[str, Any], attached: list[Path]) -> None:
+        self._runtime, self._sampling, self._attached = runtime, sampling, attached
+        self._talk = talk
+        self._session: Session = _session(runtime, talk)
+        self._stats = talk.stats
+        self.n_failed = 0
+
+    def handle(self, line: str) -> bool:
+        line = line.strip()
+        try:
+            if line in ("/quit", "/exit"):
+                return False
+            if line.startswith("/"):
+                self._command(*line.split(maxsplit=1))
+            elif line:
+                self._ask(line)
+        except (MmchatError, OSError, UsageError) as error:
+            self.n_failed += 1
+            say(error)
+        return True
+
+    def _ask(self, question: str) -> None:
+        reply = self._session.ask(split_pictures(question), self._attached, **self._sampling)
+        n_turns = len(self._session.turns)
+        previous = signal.getsignal(signal.SIGINT)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, previous)  # a second Ctrl-C does not wait
+            reply.cancel()
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            _show(reply, self._runtime, replace(self._talk, stats=self._stats))
+        except KeyboardInterrupt:
+            say("interrupted")
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            if len(self._session.turns) > n_turns:  # else they wait for the next question
+                self._attached = []
+
+    def _command(self, name: str, rest: str = "") -> None:
+        if name == "/image":
+            if not rest:
+                raise UsageError("/image needs the path of a picture")
+            paths = [rest] if Path(rest).expanduser().is_file() else rest.split()
+            self._attached += [_readable(path) for path in paths]
+            say(f"{len(self._attached)} picture(s) go with the next question")
+        elif name == "/images":
+            _print_images(self._session.images, self._attached)
+        elif name == "/undo":
+            if rest and not rest.isdecimal():
+                raise UsageError(f"/undo takes a number of turns, not {rest!r}")
+            taken = self._session.undo(int(rest or 1))
+            say(f"took back {len(taken)} turn(s); {len(self._session.turns)} left")
+        elif name == "/save":
+            if not rest:
+                raise UsageError("/save needs a file name")
+            save_transcript(self._session, Path(rest).expanduser())
+            say(f"saved {len(self._session.turns)} turn(s) to {rest}")
+        elif name == "/stats":
+            self._stats = not self._stats
+            say(f"times are {'shown' if self._stats else 'not shown'}")
+        elif name == "/help":
+            print(HELP)
+        else:
+            raise UsageError(f"unknown command {name}; /help lists the commands")
+
+
+def split_pictures(text: str) -> list[str | Path]:
+    """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed."""
+    if not _IN_TEXT.search(text):
+        return [text]
+    pieces = _IN_TEXT.split(text)  # texts at even places, paths at odd ones
+    parts = [Path(piece.strip()).expanduser() if i % 2 else piece.strip() for i, piece in enumerate(pieces)]
+    return [part for part in parts if part != ""]
+
+
+def _open(opening: Opening) -> Runtime:
+    return mmchat.open(
+        opening.model,
+        engine=opening.engine,
+        store=opening.store,
+        context_rows=opening.context,
+        n_threads=opening.threads,
+    )
+
+
+def _session(runtime: Runtime, talk: Talk) -> Session:
+    return runtime.session(system=talk.system, max_slice_nums=talk.max_slices, reference_pixels=talk.reference_pixels)
+
+
+def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
+    """Stream an answer to stdout, or print it as JSON when it is whole."""
+    waiting = Waiting()
+    waiting.watch(reply)
+    try:
+        for text in reply:
+            waiting.stop()
+            if not talk.as_json:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    finally:
+        waiting.stop()
+    if talk.as_json:
+        print(json.dumps(reply_to_json(reply), ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+        if reply.stop_reason == "length":
+            say(f"the answer was cut at {reply.usage.n_new} tokens (--max-new-tokens)")
+        elif reply.stop_reason == "cancelled":
+            say("stopped")
+    if reply.usage.restarts:
+        say(f"a worker died and was replaced {reply.usage.restarts} time(s); nothing was lost")
+    if talk.stats:
+        print_stats(reply.usage, runtime.spec.vision.query_num)
+
+
+def _readable(picture: str) -> Path:
+    """Raises ImageError now, not when the question is asked."""
+    path = Path(picture).expanduser()
+    with open_image(path) as opened:
+        opened.read()
+    return path
+
+
+def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path]) -> None:
+    for image in images:
+        size = f"{image.size[0]}x{image.size[1]}"
+        cost = f"{image.slices:>2} slices  {image.rows:>4} rows"
+        print(f"{image.id:6} turn {image.turn:<3} {size:>11}  {cost}  {image.name}")
+    for path in attached:
+        print(f"{'next':6} {path}")
+    if not images and not attached:
+        print("no pictures yet: /image PATH")
+
+
+def _plain_lines() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        yield line.decode(errors="replace")
+
+
+def _edited_lines() -> Iterator[str]:
+    """Lines typed at a terminal, with editing, history, and completion of commands and paths."""
+    from mmchat.cli.editor import editor
+
+    say("type a question; /help lists the commands")
+    prompt = editor(HELP)
+    while True:
+        try:
+            yield prompt()
+        except KeyboardInterrupt:
+            say("/quit or Ctrl-D leaves")
+        except EOFError:
+            return

@@ -1,0 +1,107 @@
+"""Options that commands share, and how errors become lines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from mmchat.errors import MmchatError
+
+debug = False  # set by --debug
+
+Model = Annotated[str, typer.Option("--model", "-m", metavar="DIR", help='A model folder, or "demo".')]
+Engine = Annotated[str, typer.Option(help="auto or openvino.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt. [default: the model's]")]
+MaxSlices = Annotated[
+    int | None, typer.Option(min=1, help="Cells per picture at most; 1 never cuts. [default: the model's, 9]")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="0 always takes the most likely token.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set with this probability.")]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from the k most likely tokens; 0 is all.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
+StoreFolder = Annotated[
+    str | None, typer.Option("--store", metavar="DIR", help="Image embeddings. [default: ~/.cache/mmchat/embeddings]")
+]
+Context = Annotated[int | None, typer.Option(min=1, help="Rows of context, where less than the model's.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: the engine's choice]")]
+ReferencePixels = Annotated[
+    bool, typer.Option("--reference-pixels", help="Read pictures exactly as the published processor does.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print a table of times after each answer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What mmchat.open takes."""
+
+    model: str
+    engine: str
+    store: str | None
+    context: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How to converse and what to show."""
+
+    system: str | None
+    max_slices: int | None
+    reference_pixels: bool
+    stats: bool
+    as_json: bool
+
+
+def sampling(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> dict[str, Any]:
+    """The values that were given; the model has defaults for the others."""
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop,
+    }
+    return {name: value for name, value in given.items() if value is not None and value != []}
+
+
+class UsageError(Exception):
+    """The command was called wrongly: exit code 2."""
+
+
+def say(error: BaseException | str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"mmchat: {' '.join(str(error).split())}\n")
+
+
+@contextlib.contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """What users can do something about becomes one line and an exit code; --debug shows where it came from."""
+    try:
+        yield
+    except UsageError as error:
+        say(error)
+        raise typer.Exit(2) from None
+    except (MmchatError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or debug:
+            raise
+        say(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None

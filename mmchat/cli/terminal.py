@@ -1,0 +1,90 @@
+"""What a person sees while and after an answer is made.  All of it on stderr, and only where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from mmchat.session import Reply, Usage
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+# A wait shorter than this shows nothing.
+_PATIENCE_S = 0.6
+
+
+class Waiting:
+    """A spinner with the current stage, from when a wait becomes noticeable until stop()."""
+
+    def __init__(self, text: str = "loading the model") -> None:
+        self._text = text
+        self._status: Status | None = None
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        if sys.stderr.isatty():
+            self._timer = threading.Timer(_PATIENCE_S, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def watch(self, reply: Reply) -> None:
+        """Show the reply's stages."""
+        units = {"encode": "encoding slices", "prefill": "reading rows"}
+        reply.on_wait = lambda stage, done, total: self._say(f"{units[stage]} {done} of {total}")
+
+    def stop(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._status is not None:
+                self._status.stop()
+                self._status = None
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            self._text = text
+            if self._status is not None:
+                self._status.update(text)
+
+    def _show(self) -> None:
+        from rich.console import Console
+
+        with self._lock:
+            if self._timer is not None:
+                self._status = Console(stderr=True).status(self._text)
+                self._status.start()
+
+
+def print_stats(usage: Usage, query_num: int) -> None:
+    """Stage, total ms, tokens, ms per token, tokens per second: the table that RKLLM prints."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage")
+    for name in ("total ms", "tokens", "ms per token", "tokens per s"):
+        table.add_column(name, justify="right")
+    for stage, seconds, tokens in (
+        ("encode", usage.encode_s, usage.slices_encoded * query_num),
+        ("prefill", usage.prefill_s, usage.n_prefilled),
+        ("generate", usage.generate_s, usage.n_new),
+    ):
+        each = f"{1000 * seconds / tokens:.2f}" if tokens else "-"
+        rate = f"{tokens / seconds:.1f}" if tokens and seconds else "-"
+        table.add_row(stage, f"{1000 * seconds:.1f}", str(tokens), each, rate)
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(describe_usage(usage), highlight=False)
+
+
+def describe_usage(usage: Usage) -> str:
+    """One line of counts."""
+    slices = f"slices: {usage.slices_encoded} encoded, {usage.slices_cached} cached"
+    rows = f"rows: {usage.n_prompt} = {usage.n_reused} reused + {usage.n_prefilled} prefilled, {usage.n_new} new"
+    restarts = f"; restarts: {usage.restarts}" if usage.restarts else ""
+    return f"{rows}; {slices}; {usage.total_s:.2f} s{restarts}"
+
+
+def reply_to_json(reply: Reply) -> dict[str, Any]:
+    return {"text": reply.text, "stop_reason": reply.stop_reason, "usage": reply.usage.to_dict()}

@@ -1,0 +1,142 @@
+"""Token ids -> rows of the checkpoint's embedding table, from a memory-mapped file.
+
+RKLLM has no call that embeds token ids, so mmchat brings its own table: one safetensors file with the tensor
+`embed_tokens.weight` (any prefix), in the type the checkpoint has.  A checkpoint's own file that holds the tensor
+among others opens as well, so nothing has to be copied where the checkpoint is at hand.
+
+This module does not know which ids are special, nor what rows are used for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.checkpoint import Checkpoint, TensorFile, to_float32, write_tensors
+from mmchat.errors import ModelDirError, PromptError
+
+_SUFFIX = "embed_tokens.weight"
+_FLOATS = {"F16", "BF16", "F32"}
+
+# 16 rows of 3584 floats fit the second-level cache; from 512 rows a second thread pays for itself.
+_BLOCK_ROWS = 16
+_PARALLEL_FROM_ROWS = 512
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+class EmbedTable:
+    """n_ids rows of `width` numbers.  Reading is safe from several threads."""
+
+    def __init__(self, table: NDArray[Any], path: Path) -> None:
+        self._table = table
+        self.path = path
+        self.n_ids, self.width = int(table.shape[0]), int(table.shape[1])
+
+    @classmethod
+    def open(cls, path: str | Path) -> EmbedTable:
+        """Map the table at path: a safetensors file with exactly one `*embed_tokens.weight`.
+
+        Raises ModelDirError: missing, truncated or foreign file, no such tensor, or not a table of floats.
+        """
+        file = TensorFile(path)
+        names = [name for name in file.tensors if name.endswith(_SUFFIX)]
+        if len(names) != 1:
+            raise ModelDirError(f"{path}: has {len(names)} tensors named *{_SUFFIX}; an embedding table has one")
+        info = file.tensors[names[0]]
+        if info.dtype not in _FLOATS or len(info.shape) != 2 or 0 in info.shape:
+            raise ModelDirError(f"{path}: {names[0]} is {info.dtype} {list(info.shape)}; float rows are needed")
+        return cls(file.array(names[0]), Path(path))
+
+    def rows(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """The rows of ids: (n, width) float32, C-contiguous; written into out where it is given.
+
+        Raises PromptError: an id that the table does not have, or out of another shape or type.
+        """
+        wanted = np.asarray(ids if len(ids) else np.empty(0, np.int64))
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+            raise PromptError(f"token ids are whole numbers in one list, not {wanted.dtype} of shape {wanted.shape}")
+        shape = (len(wanted), self.width)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise PromptError(f"out must be C-contiguous float32 {shape}, not {out.dtype} {out.shape}")
+        if len(wanted) == 0:
+            return out
+        low, high = int(wanted.min()), int(wanted.max())
+        if low < 0 or high >= self.n_ids:
+            raise PromptError(f"token id {low if low < 0 else high} is not in the table (0 to {self.n_ids - 1})")
+        if len(wanted) < _PARALLEL_FROM_ROWS or _THREADS == 1:
+            _gather(self._table, wanted, out)
+        else:
+            parts = zip(np.array_split(wanted, _THREADS), np.array_split(out, _THREADS), strict=True)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(lambda part: _gather(self._table, *part), parts))
+        return out
+
+
+def _gather(table: NDArray[Any], ids: NDArray[Any], out: NDArray[np.float32]) -> None:
+    if table.dtype == np.float32:
+        np.take(table, ids, axis=0, out=out, mode="clip")  # ids are checked; "raise" would copy once more
+        return
+    widen = _widen_float16 if table.dtype == np.float16 else _widen_bfloat16
+    block = np.empty((min(_BLOCK_ROWS, len(ids)), table.shape[1]), np.int16)
+    raw = table.view(np.int16)
+    for start in range(0, len(ids), _BLOCK_ROWS):
+        part = ids[start : start + _BLOCK_ROWS]
+        half = block[: len(part)]
+        np.take(raw, part, axis=0, out=half, mode="clip")
+        widen(half, out[start : start + len(part)])
+
+
+def _widen_bfloat16(half: NDArray[np.int16], out: NDArray[np.float32]) -> None:
+    bits = out.view(np.int32)
+    bits[...] = half
+    np.left_shift(bits, 16, out=bits)
+
+
+def _widen_float16(half: NDArray[np.int16], out: NDArray[np.float32]) -> None:
+    """Twice as fast as numpy's own cast: shift the bits into place, then correct the exponent by one multiplication.
+
+    Exact for every finite value, subnormals included.  Tables hold no others (build_table checks).
+    """
+    bits = out.view(np.int32)
+    bits[...] = half
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, np.int32(-0x7000_2000), out=bits)  # 0x8fffe000: drop the copies of the sign bit
+    np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def build_table(checkpoint: str | Path, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Copy the embedding table out of a checkpoint folder into a file of its own, in constant memory.
+
+    progress: called with (rows done, rows in all).
+
+    Raises ModelDirError: no table in the checkpoint, or a value in it that is not finite.
+    """
+    source = Checkpoint(checkpoint)
+    names = [name for name in source if name.endswith(_SUFFIX)]
+    if len(names) != 1:
+        raise ModelDirError(f"{checkpoint}: has {len(names)} tensors named *{_SUFFIX}; exactly one is needed")
+    info, table = source.info(names[0]), source.array(names[0])
+    if info.dtype not in _FLOATS or len(info.shape) != 2:
+        raise ModelDirError(f"{checkpoint}: {names[0]} is {info.dtype} {list(info.shape)}; float rows are needed")
+
+    def chunks() -> Iterator[bytes]:
+        step = max(1, 16_000_000 // (table.shape[1] * table.itemsize))
+        for start in range(0, len(table), step):
+            block = table[start : start + step]
+            if not np.isfinite(to_float32(block)).all():
+                raise ModelDirError(f"{checkpoint}: {names[0]} has values that are not finite near row {start}")
+            yield block.tobytes()
+            if progress:
+                progress(min(start + step, len(table)), len(table))
+
+    write_tensors(Path(path), {_SUFFIX: (info.dtype, info.shape, chunks())})

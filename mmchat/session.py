@@ -1,0 +1,410 @@
+"""A conversation: the record of its turns, and how one more comes about.
+
+    state       call                        becomes
+    idle        ask                         idle (a Reply that has not run)
+    idle        iterate the reply           running
+    running     the answer ends             idle, the turn recorded
+    running     cancel, close, Ctrl-C       idle, recorded as far as it was shown ("cancelled"); nothing shown, no turn
+    running     error                       idle, nothing recorded
+    running     iterate another reply, undo SessionError
+
+The record is the truth; what the engine's KV cache holds is its own business.  Every turn sends the whole
+conversation as pieces.  This module knows no template, no pixels and no processes: it is handed an Engine and a
+Vision.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
+from mmchat.errors import MissingEmbeddings, SessionError
+from mmchat.images import open_image
+from mmchat.model_dir import ModelSpec
+from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
+from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
+from mmchat.store import Store, slice_key
+
+if TYPE_CHECKING:
+    from mmchat.images import ImageSource
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took.  Also readable as usage["n_prompt"].
+
+    n_prompt = n_reused + n_prefilled: rows of the prompt, those found in the KV cache, those computed.
+    n_new: tokens generated.  slices_encoded, slices_cached: encoder inputs computed for this answer, and those of
+    its new pictures that the store had.  restarts: workers that died and were replaced meanwhile.
+    encode_s, prefill_s, generate_s: seconds of work; total_s: of waiting, the loading of models included.
+    """
+
+    n_prompt: int = 0
+    n_reused: int = 0
+    n_prefilled: int = 0
+    n_new: int = 0
+    slices_encoded: int = 0
+    slices_cached: int = 0
+    restarts: int = 0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    generate_s: float = 0.0
+    total_s: float = 0.0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ImageHandle:
+    """A picture of the conversation.
+
+    id: its name in the session ("img1").  size: (width, height) in pixels.  slices: encoder inputs.
+    rows: rows of the prompt that its embeddings take.  turn: number of the turn that brought it, from 1.
+    name: file name, where it came from a file.
+    """
+
+    id: str
+    size: Size
+    slices: int
+    rows: int
+    turn: int
+    name: str = ""
+    plan: SlicePlan = field(repr=False, kw_only=True)
+    keys: tuple[str, ...] = field(repr=False, kw_only=True)
+    pixels: Callable[[], list[NDArray[np.uint8]]] = field(repr=False, compare=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer, as the user saw them.  ids: the answer's tokens."""
+
+    parts: tuple[str | ImageHandle, ...]
+    text: str
+    ids: tuple[int, ...]
+    stop_reason: StopReason
+    usage: Usage
+
+
+class Session:
+    """A conversation.  Made by Runtime.session; for one thread at a time."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: ChatTokenizer,
+        store: Store,
+        vision: Vision,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        max_slice_nums: int | None = None,
+        use_image_id: bool | None = None,
+        reference_pixels: bool = False,
+    ) -> None:
+        """See Runtime.session."""
+        self._spec, self._tokenizer, self._store = spec, tokenizer, store
+        self._vision, self._engine = vision, engine
+        self.system = system
+        self.max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
+        self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
+        self.reference_pixels = reference_pixels
+        self._plan((1, 1))  # refuses an impossible max_slice_nums now
+        self._turns: list[Turn] = []
+        self._n_images = 0
+        self._running = False
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The turns so far, oldest first."""
+        return list(self._turns)
+
+    @property
+    def images(self) -> list[ImageHandle]:
+        """The pictures of all turns, oldest first."""
+        return [part for turn in self._turns for part in turn.parts if isinstance(part, ImageHandle)]
+
+    def ask(
+        self,
+        text: str | Sequence[str | ImageSource],
+        images: ImageSource | Sequence[ImageSource] = (),
+        **sampling: Any,
+    ) -> Reply:
+        """A question, with pictures before it.  Iterating over the Reply, or reading its text, runs it.
+
+        text: the question; or a list of texts and pictures, where pictures stand within the text (in the list a str
+            is text: name a file there by a pathlib.Path).
+        images: one or a list: paths, file contents, PIL images or arrays (see mmchat.images.open_image).
+        sampling: fields of mmchat.engine.Sampling; the model's own values are the defaults.
+
+        Raises at once: ImageError, SessionError (no question), PromptError (sampling).  Raises when run: ContextFull,
+        SessionError (another reply is running), EngineError, StoreError.  A turn that fails leaves no trace.
+        """
+        parts: list[Any] = [text] if isinstance(text, str) else list(text)
+        if not any(isinstance(part, str) and part.strip() for part in parts):
+            raise SessionError("the question is empty: ask something")
+        pictures: Any = images if isinstance(images, (list, tuple)) else [images]
+        prepared: list[str | _Prepared] = [self._prepare(picture) for picture in pictures]
+        prepared += [part if isinstance(part, str) else self._prepare(part) for part in parts]
+        values = Sampling.from_dict({**self._spec.sampling.to_dict(), **sampling})
+        return Reply(self, tuple(prepared), values)
+
+    def undo(self, n: int = 1) -> list[Turn]:
+        """Take back the last n turns and their pictures; returns them, oldest first."""
+        if self._running:
+            raise SessionError("an answer is being streamed: finish or close it before undoing")
+        if not 1 <= n <= len(self._turns):
+            raise SessionError(f"cannot take back {n} turn(s): the conversation has {len(self._turns)}")
+        taken = self._turns[-n:]
+        del self._turns[-n:]
+        self._n_images = len(self.images)
+        return taken
+
+    def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
+        """The conversation as it would be sent, with a further question where parts are given."""
+        messages = [Message("system", (Text(self.system),))] if self.system else []
+        for turn in self._turns:
+            messages.append(Message("user", _prompt_parts(turn.parts)))
+            messages.append(Message("assistant", ids=turn.ids))
+        if parts:
+            messages.append(Message("user", _prompt_parts(parts)))
+        return render(messages, self._tokenizer, query_num=self._spec.vision.query_num, use_image_id=self.use_image_id)
+
+    def _plan(self, size: Size) -> SlicePlan:
+        rule = self._spec.slices
+        return plan_slices(
+            *size,
+            max_slice_nums=self.max_slice_nums,
+            scale_resolution=rule.scale_resolution,
+            patch_size=rule.patch_size,
+            max_patches=rule.max_patches,
+        )
+
+    def _prepare(self, source: ImageSource) -> _Prepared:
+        name = ""
+        if isinstance(source, (str, os.PathLike)):
+            name = Path(source).name
+            with open_image(source):  # a clear error, before all of a file is read that is no picture
+                pass
+            source = Path(source).read_bytes()  # kept, for the file may be gone when slices must be made again
+        plan, slices = self._cut(source)
+        keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
+        kept = source
+        return _Prepared(name, plan, keys, slices, lambda: self._cut(kept)[1])
+
+    def _cut(self, source: ImageSource) -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
+        with open_image(source, reference=self.reference_pixels) as opened:
+            plan = self._plan(opened.size)
+            return plan, slice_image(opened.read(at_least=plan.refined or plan.source), plan)
+
+    def _handle(self, prepared: _Prepared, number: int) -> ImageHandle:
+        return ImageHandle(
+            f"img{number}",
+            prepared.plan.size,
+            prepared.plan.n_inputs,
+            prepared.plan.n_inputs * self._spec.vision.query_num,
+            len(self._turns) + 1,
+            prepared.name,
+            plan=prepared.plan,
+            keys=prepared.keys,
+            pixels=prepared.again,
+        )
+
+    def _run(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> Iterator[str]:
+        """One turn: encode what the store lacks, generate, record.  Yields the answer's text."""
+        if self._running:
+            raise SessionError("another answer of this conversation is being streamed: finish or close it first")
+        self._running = True
+        started = time.perf_counter()
+        parts: list[str | ImageHandle] = []
+        shown: list[int] = []
+        done: Done | None = None
+        try:
+            for part in prepared:
+                n = self._n_images + 1 + sum(isinstance(p, ImageHandle) for p in parts)
+                parts.append(part if isinstance(part, str) else self._handle(part, n))
+            prompt = self.prompt(parts)
+            check_fits(prompt.n_rows, reply.sampling.max_new_tokens, self._engine.context_rows)
+            keys = {key for image in [*self.images, *_images(parts)] for key in image.keys}
+            with self._store.lease(keys):
+                self._encode(reply, prepared)
+                if reply.should_stop():
+                    return
+                for event in self._generate(reply, prompt, parts, shown):
+                    if isinstance(event, Done):
+                        done = event
+                    if event.text:
+                        reply.text_so_far += event.text
+                        yield event.text
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException:
+            shown.clear()  # a failed turn leaves no trace
+            raise
+        finally:
+            self._running = False
+            reply.finish(started, done)
+            if done is not None and (done.reason != "cancelled" or reply.text_so_far):
+                self._record(parts, reply, done.ids)
+            elif shown and reply.text_so_far:
+                self._record(parts, reply, tuple(shown))
+
+    def _record(self, parts: Sequence[str | ImageHandle], reply: Reply, ids: tuple[int, ...]) -> None:
+        self._turns.append(Turn(tuple(parts), reply.text_so_far, ids, reply.reason_so_far, reply.usage_so_far))
+        self._n_images = len(self.images)
+
+    def _encode(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> None:
+        wanted = [part for part in prepared if not isinstance(part, str)]
+        slices = [pair for part in wanted for pair in zip(part.keys, part.slices, strict=True)]
+        missing = {key: pixels for key, pixels in slices if not self._store.has(key)}
+        reply.count(slices_cached=len(slices) - len(missing))
+        self._encode_slices(reply, missing)
+
+    def _encode_slices(self, reply: Reply, missing: dict[str, NDArray[np.uint8]]) -> None:
+        if not missing:
+            return
+        done = self._vision.encode(list(missing.items()), reply.on_progress("encode"), reply.should_stop)
+        reply.count(slices_encoded=done.n_slices, restarts=done.restarts, encode_s=done.seconds)
+
+    def _generate(
+        self, reply: Reply, prompt: Prompt, parts: Sequence[str | ImageHandle], shown: list[int]
+    ) -> Iterator[Token | Done]:
+        """The engine's tokens; embeddings that vanished from the store meanwhile are made again, once."""
+        for attempt in (1, 2):
+            try:
+                for event in self._engine.generate(prompt.pieces, reply.sampling, reply.should_stop, resume_ids=shown):
+                    if isinstance(event, Prefill):
+                        reply.on_progress("prefill")(event.done, event.total)
+                    elif isinstance(event, Restarted):
+                        reply.count(restarts=1)
+                    else:
+                        if isinstance(event, Token):
+                            shown.append(event.id)
+                        yield event
+                return
+            except MissingEmbeddings as error:
+                if attempt == 2:
+                    raise
+                lost = set(error.keys)
+            again: dict[str, NDArray[np.uint8]] = {}
+            for image in [*self.images, *_images(parts)]:
+                if lost & set(image.keys):
+                    again.update(zip(image.keys, image.pixels(), strict=True))
+            self._encode_slices(reply, {key: pixels for key, pixels in again.items() if key in lost})
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture that was read and cut, not yet part of the conversation.  again: cuts it once more."""
+
+    name: str
+    plan: SlicePlan
+    keys: tuple[str, ...]
+    slices: list[NDArray[np.uint8]]
+    again: Callable[[], list[NDArray[np.uint8]]]
+
+
+class Reply:
+    """An answer on its way.  Iterating yields text as it comes; it runs once, whatever is read how often.
+
+    on_wait, where set before it runs: called with ("encode" | "prefill", done, total).
+    """
+
+    def __init__(self, session: Session, prepared: tuple[str | _Prepared, ...], sampling: Sampling) -> None:
+        if sampling.seed is None:  # drawn here, so that a crashed worker's successor goes on with the same one
+            sampling = replace(sampling, seed=time.time_ns() & 0x7FFF_FFFF)
+        self.sampling = sampling
+        self.on_wait: Callable[[str, int, int], None] = lambda stage, done, total: None
+        self.text_so_far = ""
+        self.usage_so_far = Usage()
+        self.reason_so_far: StopReason = "cancelled"
+        self._source: Iterator[str] | None = session._run(self, prepared)
+        self._chunks: list[str] = []
+        self._error: BaseException | None = None
+        self._stop = False
+
+    def __iter__(self) -> Iterator[str]:
+        """Leaving the loop early (break, close, Ctrl-C) ends the answer and records what was shown."""
+        yield from list(self._chunks)
+        source, self._source = self._source, None
+        if source is None:
+            if self._error is not None:
+                raise self._error
+            return
+        try:
+            for text in source:
+                self._chunks.append(text)
+                yield text
+        except Exception as error:
+            self._error = error
+            raise
+        finally:
+            close = getattr(source, "close", None)
+            if close:
+                close()
+
+    @property
+    def text(self) -> str:
+        """The whole answer; waits for its end."""
+        self._finish()
+        return self.text_so_far
+
+    @property
+    def stop_reason(self) -> StopReason:
+        """ "stop" (the model was done, or a stop text), "length" (max_new_tokens), "cancelled"; waits for the end."""
+        self._finish()
+        return self.reason_so_far
+
+    @property
+    def usage(self) -> Usage:
+        """Counts and times; waits for the end."""
+        self._finish()
+        return self.usage_so_far
+
+    def cancel(self) -> None:
+        """End the answer soon; from any thread.  What was shown is kept."""
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        return self._stop
+
+    def on_progress(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.on_wait(stage, done, total)
+
+    def count(self, **amounts: float) -> None:
+        """Add to the usage."""
+        sums = {name: getattr(self.usage_so_far, name) + amount for name, amount in amounts.items()}
+        self.usage_so_far = replace(self.usage_so_far, **sums)
+
+    def finish(self, started: float, done: Done | None) -> None:
+        """Called once by the session, when the answer has ended in whatever way."""
+        if done is not None:
+            self.reason_so_far = done.reason
+            self.count(**{name: getattr(done, name) for name in _FROM_DONE})
+        self.count(total_s=time.perf_counter() - started)
+
+    def _finish(self) -> None:
+        for _ in self:
+            pass
+
+
+_FROM_DONE = ("n_prompt", "n_reused", "n_prefilled", "n_new", "prefill_s", "generate_s")
+
+
+def _images(parts: Sequence[str | ImageHandle]) -> list[ImageHandle]:
+    return [part for part in parts if isinstance(part, ImageHandle)]
+
+
+def _prompt_parts(parts: Sequence[str | ImageHandle]) -> tuple[Text | Picture, ...]:
+    return tuple(Text(part) if isinstance(part, str) else Picture(part.plan, part.keys) for part in parts)

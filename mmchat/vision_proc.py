@@ -1,0 +1,123 @@
+"""The vision worker: the child's side (serve) and the parent's (VisionClient).
+
+Pixels go in, embeddings go to the store; only keys and progress come back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.child import Handler
+from mmchat.engine import Encoded
+from mmchat.errors import ImageError, WorkerError
+from mmchat.model_dir import ModelSpec
+from mmchat.store import Store
+from mmchat.worker import Worker
+
+# One slice of the 8B model takes 3 to 5 seconds on an RK3588, and minutes on a slow CPU.
+SILENCE_S = 300.0
+_MAX_REQUEST_BYTES = 16 << 20
+
+
+class VisionClient:
+    """The encoder in its worker, for the parent."""
+
+    def __init__(self, spec: ModelSpec, store: Store, *, n_threads: int | None = None) -> None:
+        self._store = store
+        config = {
+            "folder": str(spec.folder),
+            "store": str(store.root),
+            "store_cap_bytes": store.cap_bytes,
+            "n_threads": n_threads,
+        }
+        self.worker = Worker(__name__, config, name="vision")
+
+    def encode(
+        self,
+        slices: Sequence[tuple[str, NDArray[np.uint8]]],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Encoded:
+        """Put the embedding of every (key, pixels) into the store; those that are there are left alone.
+
+        progress: called with (slices done, slices in all).  The worker may die once and is then replaced.
+
+        Raises WorkerDied, WorkerTimeout, ImageError, StoreError.
+        """
+        todo = list(dict(slices).items())
+        total, done, restarts, seconds = len(todo), 0, 0, 0.0
+        while todo:
+            batch = _batch(todo)
+            request = {"slices": [_slice_to_wire(key, pixels) for key, pixels in batch]}
+            n_done = 0
+            try:
+                for event in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
+                    n_done += 1
+                    seconds += event["seconds"]
+                    progress(done + n_done, total)
+            except WorkerError:
+                restarts += 1
+                if restarts > 1:
+                    raise
+            done += n_done
+            todo = todo[n_done:]
+            if should_stop():
+                break
+        return Encoded(done, seconds, restarts)
+
+
+def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
+    """In the child: load the encoder, answer requests."""
+    from mmchat.checkpoint import Checkpoint
+    from mmchat.model_dir import open_model
+    from mmchat.openvino_vision import OpenVinoEncoder
+
+    spec = open_model(Path(config["folder"]))
+    store = Store(config["store"], config["store_cap_bytes"])
+    properties: dict[str, object] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
+    if config["n_threads"]:
+        properties["INFERENCE_NUM_THREADS"] = config["n_threads"]
+    encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, properties)
+
+    def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        for item in request["slices"]:
+            if should_stop():
+                return
+            pixels = _slice_from_wire(item, spec)
+            started = time.perf_counter()
+            if not store.has(item["key"]):
+                store.put(item["key"], encoder.encode(pixels))
+            yield {"key": item["key"], "seconds": time.perf_counter() - started}
+
+    return {}, handle
+
+
+def _batch(slices: list[tuple[str, NDArray[np.uint8]]]) -> list[tuple[str, NDArray[np.uint8]]]:
+    """As many of the first slices as a request may carry; at least one."""
+    size, n = slices[0][1].nbytes, 1
+    while n < len(slices) and size + slices[n][1].nbytes <= _MAX_REQUEST_BYTES:
+        size += slices[n][1].nbytes
+        n += 1
+    return slices[:n]
+
+
+def _slice_to_wire(key: str, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    return {"key": key, "height": pixels.shape[0], "width": pixels.shape[1], "pixels": pixels.tobytes()}
+
+
+def _slice_from_wire(item: dict[str, Any], spec: ModelSpec) -> NDArray[np.uint8]:
+    """Raises ImageError for what the encoder must not see."""
+    width, height, patch = item["width"], item["height"], spec.vision.patch_size
+    if width < patch or height < patch or width % patch or height % patch:
+        raise ImageError(f"a slice of {width}x{height} is not made of patches of {patch}x{patch}")
+    if (width // patch) * (height // patch) > spec.slices.max_patches:
+        raise ImageError(f"a slice of {width}x{height} has more patches than {spec.slices.max_patches}")
+    if len(item["pixels"]) != width * height * 3:
+        raise ImageError(f"a slice of {width}x{height} came with {len(item['pixels'])} bytes")
+    return np.frombuffer(item["pixels"], np.uint8).reshape(height, width, 3)

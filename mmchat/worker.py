@@ -1,0 +1,318 @@
+"""One supervised child process: vendor code runs there and nowhere else.
+
+The contract:
+
+* A request goes out, events come back, then the end or an error.  One request at a time; a second thread waits, the
+  same thread gets EngineBusy.
+* A dead child is an ordinary event: WorkerDied, with its exit code and the tail of its stderr.  The next request
+  starts a new child.  Whether to ask again is the caller's decision.
+* A child that is silent for longer than its request allows is killed: WorkerTimeout.  (No heartbeats: a hung C call
+  may well answer them from another thread.)
+* Cancel asks the child to end the request early; it still ends it properly.  One that does not within
+  CANCEL_GRACE_S is killed.
+* The child is in a session of its own, so that Ctrl-C reaches the parent alone, and ends when the parent does, even
+  by kill -9: its end of the channel closes.
+
+This module knows no models and imports no vendor code.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mmchat import errors
+from mmchat.frames import Channel, FrameError, PeerGone
+
+CANCEL_GRACE_S = 30.0
+_EXIT_GRACE_S = 2.0
+_LOG_LINES = 200
+_STEP_S = 0.1
+
+_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from mmchat.child import main; main(int(sys.argv[1]))"
+
+
+class Worker:
+    """A child that runs module.serve(config); see mmchat.child for that side.
+
+    name: how messages call it.  start_timeout_s: how long loading may take.
+    """
+
+    def __init__(self, module: str, config: dict[str, Any], *, name: str, start_timeout_s: float = 600.0) -> None:
+        self.name = name
+        self._module, self._config, self._start_timeout_s = module, config, start_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._facts: dict[str, Any] | None = None
+        self._log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self._log_reader: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._owner = 0  # the thread that has a request under way
+        self._last_id = 0
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running child; None where there is none."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    @property
+    def log_tail(self) -> str:
+        """The last lines that the child wrote to stderr (or stdout)."""
+        return "\n".join(self._log)
+
+    def start(self) -> None:
+        """Begin to start the child, without waiting for it; nothing where it runs."""
+        with self._exclusive():
+            self._spawn()
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until the child has loaded; what it tells about itself.
+
+        Raises what serve() raised (ModelDirError, ...), WorkerDied, WorkerTimeout.
+        """
+        with self._exclusive():
+            return self._ready()
+
+    def call(
+        self, request: dict[str, Any], *, silence_s: float, should_stop: Callable[[], bool] = lambda: False
+    ) -> Call:
+        """Prepare a request; iterating over it sends it.
+
+        silence_s: the longest wait for the next event.  should_stop: asked while waiting; True cancels the request.
+        """
+        return Call(self, request, silence_s, should_stop)
+
+    def kill(self) -> None:
+        """End the child now; the next request starts another."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    def close(self) -> None:
+        """End the child for good.  Idempotent; never waits longer than a few seconds."""
+        self._closed = True
+        if self._channel is not None:
+            self._channel.close()
+        if self._facts is None:
+            self.kill()  # still loading: it would not notice that we are gone before it is done
+        self._reap()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise errors.EngineBusy(
+                f"the {self.name} worker is still streaming another answer in this thread: finish or close that first"
+            )
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+
+    def _spawn(self) -> None:
+        if self._closed:
+            raise errors.EngineError(f"the {self.name} worker is closed")
+        if self._process is not None and self._process.poll() is None and self._channel is not None:
+            return
+        self._reap()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._process, self._channel, self._facts = process, Channel(ours), None
+        self._log.clear()
+        self._log_reader = threading.Thread(target=self._read_log, args=(process,), daemon=True)
+        self._log_reader.start()
+        self._send({"module": self._module, "config": self._config})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """A peer that is gone is noticed, and explained, by the next receive."""
+        if self._channel is not None:
+            with contextlib.suppress(PeerGone):
+                self._channel.send(message)
+
+    def _read_log(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                text = line.decode(errors="replace").rstrip()
+                self._log.append(text)
+                if os.environ.get("MMCHAT_WORKER_LOG"):
+                    print(f"[{self.name}] {text}", file=sys.stderr)
+
+    def _ready(self) -> dict[str, Any]:
+        self._spawn()
+        if self._facts is None:
+            message = self._receive(self._start_timeout_s, self._start_timeout_s)
+            if "failed" in message:
+                self._reap()
+                raise _from_wire(message["failed"])
+            self._facts = dict(message["ready"])
+        return self._facts
+
+    def _receive(self, timeout_s: float, allowed_s: float) -> dict[str, Any]:
+        """The last wait of allowed_s.  Raises WorkerDied or WorkerTimeout; either way the child is then gone."""
+        try:
+            return self._receive_step(timeout_s)
+        except TimeoutError:
+            self.kill()
+            log = self._reap()[1]
+            raise errors.WorkerTimeout(
+                f"the {self.name} worker was silent for {allowed_s:g} s and was ended", name=self.name, log=log
+            ) from None
+
+    def _receive_step(self, timeout_s: float) -> dict[str, Any]:
+        """Raises WorkerDied; TimeoutError, which does not mean anything yet."""
+        assert self._channel is not None
+        try:
+            message = self._channel.receive(timeout_s)
+            if isinstance(message, dict):
+                return message
+            problem = "sent what is no message"
+        except PeerGone:
+            problem = ""
+        except FrameError as error:
+            problem = str(error)
+        if problem:
+            self.kill()
+        exit_code, log = self._reap()
+        reason = problem or _describe_exit(exit_code)
+        last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+        raise errors.WorkerDied(
+            f"the {self.name} worker died ({reason}){': ' + last if last else ''}",
+            name=self.name,
+            log=log,
+            exit_code=exit_code,
+        )
+
+    def _reap(self) -> tuple[int | None, str]:
+        """Leave no process, pipe or thread behind; the exit code and the log of the one that was there."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        process, self._process = self._process, None
+        if process is None:
+            return None, ""
+        try:
+            exit_code = process.wait(_EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            exit_code = process.wait()
+        if self._log_reader is not None:
+            self._log_reader.join(_EXIT_GRACE_S)
+        return exit_code, self.log_tail
+
+
+class Call:
+    """One request: an iterator over its events, to be run once."""
+
+    def __init__(
+        self, worker: Worker, request: dict[str, Any], silence_s: float, should_stop: Callable[[], bool]
+    ) -> None:
+        self._worker, self._request = worker, request
+        self._silence_s, self._should_stop = silence_s, should_stop
+        self._id = 0
+        self._cancelled_at: float | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises what the handler raised, WorkerDied, WorkerTimeout, EngineBusy.
+
+        Leaving the iteration early cancels the request and waits for its end.
+        """
+        worker = self._worker
+        with worker._exclusive():
+            worker._ready()
+            worker._last_id += 1
+            self._id = worker._last_id
+            ended = False
+            try:
+                worker._send({"id": self._id, "request": self._request})
+                for message in self._messages():
+                    if "event" in message:
+                        yield message["event"]
+                        continue
+                    ended = True
+                    if "error" in message:
+                        raise _from_wire(message["error"])
+                    return
+            except errors.WorkerError:
+                ended = True
+                raise
+            finally:
+                if not ended:
+                    self._abandon()
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        while True:
+            message = self._next()
+            if message.get("id") == self._id:
+                yield message
+
+    def _next(self) -> dict[str, Any]:
+        """The next message; waits in short steps, for a cancel starts a clock of its own."""
+        silent_since = time.monotonic()
+        while True:
+            if self._cancelled_at is None and self._should_stop():
+                self._cancel()
+            allowed_s = self._silence_s
+            if self._cancelled_at is not None:
+                allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
+            left_s = max(0.0, silent_since + allowed_s - time.monotonic())
+            if left_s <= _STEP_S:
+                return self._worker._receive(left_s, allowed_s)
+            with contextlib.suppress(TimeoutError):
+                return self._worker._receive_step(_STEP_S)
+
+    def _cancel(self) -> None:
+        self._cancelled_at = time.monotonic()
+        self._worker._send({"cancel": self._id})
+
+    def _abandon(self) -> None:
+        """The reader left (or was interrupted): bring the child back to rest, or end it."""
+        try:
+            if self._cancelled_at is None:
+                self._cancel()
+            for message in self._messages():
+                if "event" not in message:
+                    return
+        except errors.WorkerError:
+            pass
+        except BaseException:  # a second Ctrl-C: do not wait
+            self._worker.kill()
+            raise
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = "unknown"
+        hint = ", often for lack of memory" if -code == signal.SIGKILL else ""
+        return f"killed by signal {-code} {name}{hint}"
+    return f"exit code {code}"
+
+
+def _from_wire(error: dict[str, Any]) -> errors.MmchatError:
+    kind = getattr(errors, str(error.get("kind")), errors.EngineError)
+    arguments = error.get("arguments") or ["the worker gave no reason"]
+    made = kind(*arguments)
+    return made if isinstance(made, errors.MmchatError) else errors.EngineError(str(arguments))
