@@ -45,6 +45,10 @@ _COLOR = (
     "Can you tell me the {c} of the {x}{w}?", "What {c} has the {x}{w}?", "What's the {c} of the {x}{w}?",
     "What {c} is that {x}{w}?", "{x} {c}{w}?", "I want to know the {c} of the {x}{w}.", "How is the {x}{w} colored?",
 )  # fmt: skip
+_COLORS_OF = (
+    "What {c} are the {x}{w}?", "What {c}s do the {x}{w} have?", "Which {c}s are the {x}{w}?",
+    "What is the {c} of the {x}{w}?", "Tell me the {c}s of the {x}{w}.", "Which {c} do the {x}{w} have?",
+)  # fmt: skip
 _SHAPE = (
     "What shape is {x}{w}?", "Which shape is {x}{w}?", "What is the {x} shape{w}?", "What {x} shape is there{w}?",
     "What is {x}{w}?", "Which thing is {x}{w}?", "What {x} thing is there{w}?", "What is the {x} thing{w}?",
@@ -196,8 +200,28 @@ _FOREIGN_NOUN = (
     "What breed is the {n}?", "Describe the {n}.", "Which {n} is better?",
 )  # fmt: skip
 
-Question = tuple[str, str, str]
-"""task, wording with slots {w} {t} {c} {i}, answer"""
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, before it is worded.
+
+    wordings: any of them asks it.  slots: what their {x}, {y}, {z} and {p} stand for; {w}, {t}, {c} and {i} stay.
+    usual: asked in the task's usual form (of one thing, which is there), so that any wording of the task fits.
+    """
+
+    task: str
+    wordings: tuple[str, ...]
+    answer: str
+    slots: tuple[tuple[str, str], ...] = ()
+    usual: bool = True
+
+    def worded(self, rng: Random) -> str:
+        return self.fill(rng.choice(self.wordings))
+
+    def fill(self, wording: str) -> str:
+        for name, value in self.slots:
+            wording = wording.replace(f"{{{name}}}", value)
+        return wording
 
 
 @dataclass(frozen=True)
@@ -270,19 +294,20 @@ def _turn(
     if n == 1 and rng.random() < 0.03:
         return Turn(word(rng, rng.choice(_N_IMAGES), "", ""), "There is one image.", "n_images", new, (0,)), focus
     if n > 1 and rng.random() < 0.36:
-        task, wording, answer = about_many(rng, scenes, plans)
-        return Turn(word(rng, wording, "", ""), answer, task, new, tuple(range(n))), focus
+        question = about_many(rng, scenes, plans)
+        text = word(rng, question.worded(rng), "", "")
+        return Turn(text, question.answer, question.task, new, tuple(range(n))), focus
     if n == 1 or (len(new) == 1 and rng.random() < 0.5) or (not new and focus == n - 1 and rng.random() < 0.25):
         k = n - 1
         placed = rng.random() < 0.2
     else:
         k = rng.randrange(n) if rng.random() < 0.8 else n - 1
         placed = True
-    task, wording, answer = about_one(rng, scenes[k], plans[k])
+    question = about_one(rng, scenes[k], plans[k])
     name = image_name(rng, k, n, new) if placed else ""
-    return Turn(
-        word(rng, wording, name, f" {name or rng.choice(('the image', 'this image'))}"), answer, task, new, (k,)
-    ), k
+    target = name or rng.choice(("the image", "this image"))
+    text = word(rng, question.worded(rng), name, f" {target}")
+    return Turn(text, question.answer, question.task, new, (k,)), k
 
 
 def about_one(rng: Random, scene: Scene, plan: SlicePlan, task: str | None = None) -> Question:
@@ -295,7 +320,7 @@ def about_one(rng: Random, scene: Scene, plan: SlicePlan, task: str | None = Non
             return question
     if task is not None:
         raise ValueError(f"no question of task {task!r} about {scene.facts!r}")
-    return "background", rng.choice(_BACKGROUND), f"The background is {scene.background}."
+    return Question("background", _BACKGROUND, f"The background is {scene.background}.")
 
 
 def about_many(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan], task: str | None = None) -> Question:
@@ -308,7 +333,7 @@ def about_many(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan],
             return question
     if task is not None:
         raise ValueError(f"no question of task {task!r} about these pictures")
-    return "n_images", rng.choice(_N_IMAGES), f"There are {NUMBERS[len(scenes)]} images."
+    return Question("n_images", _N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
 
 
 def text_state(scene: Scene, plan: SlicePlan) -> str:
@@ -495,11 +520,9 @@ def _color(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     kind, found = _pick_kind(rng, scene)
     if len(found) > 1:
         answer = f"The {plural(kind, 2)} are {_joined([s.color for s in found])}."
-        wording = rng.choice(("What {c} are the {x}{w}?", "What {c}s do the {x}{w} have?", "Which {c}s are the {x}{w}?",
-                              "What is the {c} of the {x}{w}?"))  # fmt: skip
-        return "color", wording.replace("{x}", plural(kind, 2)), answer
+        return Question("color", _COLORS_OF, answer, (("x", plural(kind, 2)),), usual=False)
     answer = f"The {kind} is {found[0].color}." if found else f"There is no {kind}."
-    return "color", rng.choice(_COLOR).replace("{x}", kind), answer
+    return Question("color", _COLOR, answer, (("x", kind),), usual=bool(found))
 
 
 def _shape(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -508,7 +531,7 @@ def _shape(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
         answer = f"The {color} shapes are {_joined([article(s.kind) for s in found])}."
     else:
         answer = f"The {color} shape is {article(found[0].kind)}." if found else f"There is no {color} shape."
-    return "shape", rng.choice(_SHAPE).replace("{x}", color), answer
+    return Question("shape", _SHAPE, answer, (("x", color),), usual=len(found) == 1)
 
 
 def _where(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -521,23 +544,24 @@ def _where(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if len(found) > 1:
         return None
     answer = f"The {name} is {at(found[0].position)}." if found else f"There is no {name}."
-    return "where", rng.choice(_WHERE).replace("{x}", name), answer
+    return Question("where", _WHERE, answer, (("x", name),), usual=bool(found))
 
 
 def _count(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
-    return "count", rng.choice(_COUNT), _are(len(scene.shapes), "shape")
+    return Question("count", _COUNT, _are(len(scene.shapes), "shape"))
 
 
 def _count_kind(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
-    if rng.random() < 0.7:
-        kind = rng.choice(scene.shapes).kind if scene.shapes and rng.random() < 0.8 else rng.choice(SHAPES)
-        n = sum(s.kind == kind for s in scene.shapes)
-        name = kind
+    there = bool(scene.shapes) and rng.random() < 0.8
+    by_kind = rng.random() < 0.7
+    if by_kind:
+        name = rng.choice(scene.shapes).kind if there else rng.choice(SHAPES)
+        n = sum(s.kind == name for s in scene.shapes)
     else:
-        color = rng.choice(scene.shapes).color if scene.shapes and rng.random() < 0.8 else rng.choice(tuple(COLORS))
-        n = sum(s.color == color for s in scene.shapes)
+        color = rng.choice(scene.shapes).color if there else rng.choice(tuple(COLORS))
         name = f"{color} shape"
-    return "count_kind", rng.choice(_COUNT_KIND).replace("{x}", plural(name, 2)), _are(n, name)
+        n = sum(s.color == color for s in scene.shapes)
+    return Question("count_kind", _COUNT_KIND, _are(n, name), (("x", plural(name, 2)),))
 
 
 def _at(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -551,44 +575,44 @@ def _at(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if rng.random() < 0.25:
         place = {"center": rng.choice(("in the middle", "at the center", "in the centre"))}.get(position, place)
         place = place.replace("at the ", rng.choice(("at the ", "in the ", "on the ")))
-    return "at", rng.choice(_AT).replace("{x}", place), answer
+    return Question("at", _AT, answer, (("x", place),), usual=bool(found))
 
 
 def _exists(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     """Balanced: half are there; what is not there shares its colour or its kind with something more often than not."""
     r = rng.random()
-    there = rng.random() < 0.5 and bool(scene.shapes)
+    there = rng.random() < 0.36 and bool(scene.shapes)  # what is drawn below is there now and then, too
     shape = rng.choice(scene.shapes) if scene.shapes else None
     color, kind = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
     if shape and there:
         color, kind = shape.color, shape.kind
     elif shape and rng.random() < 0.7:
         color, kind = (shape.color, kind) if rng.random() < 0.4 else (color, shape.kind)
-    wording = rng.choice(_EXISTS)
-    if r < 0.2:  # by kind alone
-        found = [s for s in scene.shapes if s.kind == kind]
-        name, noun = article(kind), kind
-        evidence = f"There is {_joined([article(_name(s)) for s in found])}" if found else f"There is no {kind}"
-    elif r < 0.35:  # by colour alone
-        found = [s for s in scene.shapes if s.color == color]
-        noun = f"{color} {rng.choice(('shape', 'shape', 'object', 'thing'))}"
-        name = article(noun)
-        evidence = f"There is {_joined([article(_name(s)) for s in found])}" if found else f"There is no {color} shape"
+    of_kind = [s for s in scene.shapes if s.kind == kind]
+    of_color = [s for s in scene.shapes if s.color == color]
+    if r < 0.2:
+        found, noun, missing = of_kind, kind, kind
+    elif r < 0.35:
+        found, noun, missing = (
+            of_color,
+            f"{color} {rng.choice(('shape', 'shape', 'object', 'thing'))}",
+            f"{color} shape",
+        )
     else:
-        of_kind = [s for s in scene.shapes if s.kind == kind]
-        found = [s for s in of_kind if s.color == color]
-        noun = f"{color} {kind}"
-        name = article(noun)
-        if len(of_kind) > 1:
-            evidence = f"The {plural(kind, 2)} are {_joined([s.color for s in of_kind])}"
-        else:
-            evidence = f"The {kind} is {of_kind[0].color}" if of_kind else f"There is no {kind}"
-    wording = wording.replace("{x}", name).replace("{y}", noun).replace("{z}", plural(noun, 2))
-    return "exists", wording, f"{evidence}, so {'yes' if found else 'no'}."
+        found, noun, missing = [s for s in of_kind if s.color == color], f"{color} {kind}", kind
+    if r < 0.35:
+        names = [article(_name(s)) for s in found]
+        evidence = f"There is {_joined(names)}" if found else f"There is no {missing}"
+    elif len(of_kind) > 1:
+        evidence = f"The {plural(kind, 2)} are {_joined([s.color for s in of_kind])}"
+    else:
+        evidence = f"The {kind} is {of_kind[0].color}" if of_kind else f"There is no {missing}"
+    slots = (("x", article(noun)), ("y", noun), ("z", plural(noun, 2)))
+    return Question("exists", _EXISTS, f"{evidence}, so {'yes' if found else 'no'}.", slots)
 
 
 def _background(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
-    return "background", rng.choice(_BACKGROUND), f"The background is {scene.background}."
+    return Question("background", _BACKGROUND, f"The background is {scene.background}.")
 
 
 def _text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -597,40 +621,38 @@ def _text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
         return None
     kind = scene.text.kind
     asked = kind if rng.random() < 0.94 else ("word" if kind == "number" else "number")
-    by_kind = rng.random() < 0.55
-    wording = rng.choice(_KIND_OF_TEXT).replace("{x}", asked) if by_kind else rng.choice(_TEXT)
-    if state == "small":
-        return "too_small", wording, TOO_SMALL
-    return kind, wording, f"The {kind} is {scene.text.text}."
+    wordings = _KIND_OF_TEXT if rng.random() < 0.55 else _TEXT
+    task, answer = (kind, f"The {kind} is {scene.text.text}.") if state == "readable" else ("too_small", TOO_SMALL)
+    return Question(task, wordings, answer, (("x", asked),), usual=asked == kind)
 
 
 def _no_text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if scene.text is not None:
         return None
-    wording = rng.choice(_TEXT) if rng.random() < 0.5 else rng.choice(_KIND_OF_TEXT)
-    return "no_text", wording.replace("{x}", rng.choice(("word", "number"))), "There is no text."
+    wordings = _TEXT if rng.random() < 0.5 else _KIND_OF_TEXT
+    return Question("no_text", wordings, "There is no text.", (("x", rng.choice(("word", "number"))),))
 
 
 def _has_text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     state = text_state(scene, plan)
     if state == "none":
-        return "has_text", rng.choice(_HAS_TEXT), "There is no text, so no."
+        return Question("has_text", _HAS_TEXT, "There is no text, so no.")
     if scene.text is None or state == "doubt":
         return None
     what = "some small text" if state == "small" else f"the {scene.text.kind} {scene.text.text}"
-    return "has_text", rng.choice(_HAS_TEXT), f"There is {what}, so yes."
+    return Question("has_text", _HAS_TEXT, f"There is {what}, so yes.")
 
 
 def _list(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if not scene.shapes:
-        return "list", rng.choice(_LIST), "There are no shapes."
-    return "list", rng.choice(_LIST), f"{_joined([article(_name(s)) for s in scene.shapes]).capitalize()}."
+        return Question("list", _LIST, "There are no shapes.")
+    return Question("list", _LIST, f"{_joined([article(_name(s)) for s in scene.shapes]).capitalize()}.")
 
 
 def _describe(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if text_state(scene, plan) == "doubt":
         return None
-    return "describe", rng.choice(_DESCRIBE), describe(scene, plan)
+    return Question("describe", _DESCRIBE, describe(scene, plan))
 
 
 def _verdicts(holds: Sequence[bool], thing: str) -> str:
@@ -664,7 +686,7 @@ def _which(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> 
             holds = [any(s.kind == kind and s.color == color for s in scene.shapes) for scene in scenes]
     if sum(holds) > 1 and rng.random() < 0.7:
         return None
-    return "which", rng.choice(_WHICH).replace("{x}", thing), _verdicts(holds, thing)
+    return Question("which", _WHICH, _verdicts(holds, thing), (("x", thing),))
 
 
 def _which_text(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
@@ -680,7 +702,7 @@ def _which_text(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]
     else:
         thing = f"the {text.kind} {text.text}"
         holds = [scene.text is not None and scene.text.text == text.text for scene in scenes]
-    return "which_text", rng.choice(_WHICH_TEXT).replace("{x}", thing), _verdicts(holds, thing)
+    return Question("which_text", _WHICH_TEXT, _verdicts(holds, thing), (("x", thing),))
 
 
 def _some_images(rng: Random, n: int) -> tuple[list[int], str]:
@@ -707,25 +729,25 @@ def _same(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Q
     if not same and rng.random() < 0.4:
         return None
     answer = f"{_backgrounds_of(scenes, chosen)}, so {'yes' if same else 'no'}."
-    return "same_background", rng.choice(_SAME).replace("{p}", names), answer
+    return Question("same_background", _SAME, answer, (("p", names),))
 
 
 def _backgrounds(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
     chosen, names = _some_images(rng, len(scenes))
-    return "backgrounds", rng.choice(_BACKGROUNDS).replace("{p}", names), f"{_backgrounds_of(scenes, chosen)}."
+    return Question("backgrounds", _BACKGROUNDS, f"{_backgrounds_of(scenes, chosen)}.", (("p", names),))
 
 
 def _more(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
     counts = [len(scene.shapes) for scene in scenes]
     most = max(counts)
-    evidence = _joined([f"the {ORDINALS[k]} has {NUMBERS[n]}" for k, n in enumerate(counts)])
+    evidence = _joined([f"the {ORDINALS[k]} has {NUMBERS[n] if n else 'none'}" for k, n in enumerate(counts)])
     which = [ORDINALS[k] for k, n in enumerate(counts) if n == most]
     verdict = f"the {_joined(which)} image{'s' if len(which) > 1 else ''}"
-    return "more", rng.choice(_MORE), f"{evidence[0].upper()}{evidence[1:]}, so {verdict}."
+    return Question("more", _MORE, f"{evidence[0].upper()}{evidence[1:]}, so {verdict}.")
 
 
 def _n_images(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
-    return "n_images", rng.choice(_N_IMAGES), f"There are {NUMBERS[len(scenes)]} images."
+    return Question("n_images", _N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
 
 
 _One = Callable[[Random, Scene, SlicePlan], Question | None]
