@@ -200,7 +200,7 @@ class CachedData(IterableDataset[TextBatch]):
             yield from (text_batch(batch) for batch in batches if batch)
 
     def _dialogue(self, rng: Random, tokenizer: ChatTokenizer, by_background: dict[str, list[int]]) -> Encoded:
-        long = rng.random() < 0.45
+        long = rng.random() < 0.3
         max_rows = MAX_ROWS if long else 448
         n_images = (
             rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.06, 0.2, 0.2, 0.16, 0.12, 0.1, 0.06, 0.1))[0]
@@ -208,16 +208,18 @@ class CachedData(IterableDataset[TextBatch]):
             else rng.choices((1, 2, 3, 4), (0.42, 0.36, 0.16, 0.06))[0]
         )
         room = int(max_rows * 0.75) // (QUERY_NUM + 2)
+        if not long and rng.random() < 0.55:
+            room = n_images  # pictures of one view: many answers for few rows
         chosen: list[int] = []
         for left in range(n_images, 0, -1):
-            k = self._pick(rng, chosen, by_background, room - 2 * (left - 1))
+            k = self._pick(rng, chosen, by_background, room - (left - 1))
             if k is None:
                 break
             chosen.append(k)
             room -= self._pool[k][1].n_inputs
         scenes = [self._pool[k][0] for k in chosen]
         plans = [self._pool[k][1] for k in chosen]
-        n_turns = rng.randint(6, 20) if long else rng.randint(2, 8)
+        n_turns = rng.randint(8, 24) if long else rng.randint(4, 10)
         return encode_dialogue(make_dialogue(rng, scenes, plans, n_turns), tokenizer, max_rows, tuple(chosen))
 
     def _pick(self, rng: Random, chosen: list[int], by_background: dict[str, list[int]], max_inputs: int) -> int | None:

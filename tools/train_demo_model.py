@@ -61,6 +61,8 @@ _SAVE_EVERY_S = 150.0
 _PRINT_EVERY_S = 20.0
 _JUDGE_EVERY_S = 300.0
 _AUXILIARY_WEIGHT = 0.3
+# The pool of cached pictures is filled in quarters, so many steps apart: the first answers need not wait for all.
+_POOL_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class StagePlan:
 _DEFAULTS = {
     "vision": StagePlan("vision", 0.3, 3e-3, 64, 0.04, 0.6, 5.0),
     "joint": StagePlan("joint", 0.27, 2e-3, 64, 0.03, 0.8, 1.0),
-    "llm": StagePlan("llm", 0.43, 2e-3, 6144, 0.03, 0.8, 1.0),
+    "llm": StagePlan("llm", 0.43, 2e-3, 3072, 0.03, 0.8, 1.0),
 }
 
 
@@ -165,9 +167,8 @@ class Trainer:
                 rate *= 0.1 + 0.06 * (self.stage_s - start_s)
             loss, figures, n = next(losses)
             if step == 0:
-                begin_s = printed_at = judged_at = (
-                    time.monotonic()
-                )  # what was prepared before the first batch is not training
+                # What was prepared before the first batch is not training.
+                begin_s = printed_at = judged_at = time.monotonic()
             self._update(loss, plan.peak * rate, plan.clip)
             step, samples = step + 1, samples + n
             log.append(figures)
@@ -281,8 +282,16 @@ class Trainer:
 
     def _llm_losses(self, plan: StagePlan) -> Iterator[tuple[Tensor, dict[str, float], int]]:
         seed = self.options.seed * 1000 + int(self.stage_s)
-        pool, rows = self._fill_pool(self.options.pool, seed)
-        for batch in _loader(CachedData(str(self.out / "tokenizer.json"), pool, plan.batch, seed)):
+        pool: list[tuple[Scene, SlicePlan]] = []
+        rows: list[Tensor] = []
+        tokenizer_file = str(self.out / "tokenizer.json")
+        filling = _loader(PoolData(seed))
+        batches: Iterator[TextBatch] = iter(())
+        for step in itertools.count():
+            if step % _POOL_STEPS == 0 and len(pool) < self.options.pool:
+                self._fill_pool(pool, rows, filling, min(len(pool) + self.options.pool // 4, self.options.pool))
+                batches = _loader(CachedData(tokenizer_file, list(pool), plan.batch, seed + step))
+            batch = next(batches)
             shown = [rows[k] for pictures in batch.pictures for k in pictures]
             cached = torch.cat(shown).to(self.device, self.dtype) if shown else None
             loss, figures = self._talk_loss(batch, cached)
@@ -301,20 +310,22 @@ class Trainer:
         return loss, {"loss": float(loss.detach()), "right": sum(verdicts) / max(1, len(verdicts))}
 
     @torch.no_grad()
-    def _fill_pool(self, n_scenes: int, seed: int) -> tuple[list[tuple[Scene, SlicePlan]], list[Tensor]]:
-        """Scenes with plans, and the LLM rows of each: (inputs * query_num, width) float16."""
-        pool: list[tuple[Scene, SlicePlan]] = []
-        rows: list[Tensor] = []
+    def _fill_pool(
+        self,
+        pool: list[tuple[Scene, SlicePlan]],
+        rows: list[Tensor],
+        filling: Iterator[tuple[list[tuple[Scene, SlicePlan]], VisionBatch]],
+        n_scenes: int,
+    ) -> None:
+        """Grow the pool to n_scenes pictures; rows gets the LLM rows of each: (inputs * query_num, width) float16."""
         began = time.monotonic()
-        for cut, vision in _loader(PoolData(seed)):
+        while len(pool) < n_scenes:
+            cut, vision = next(filling)
             _, encoded = self.encode(vision.patches, vision.grids)
             per_scene = torch.split(encoded.half().cpu(), [plan.n_inputs for _, plan in cut])
             rows += [scene_rows.flatten(0, 1).clone() for scene_rows in per_scene]
             pool += cut
-            if len(pool) >= n_scenes:
-                break
         print(f"pool: {len(pool)} pictures, {time.monotonic() - began:.0f} s", flush=True)
-        return pool, rows
 
     @torch.no_grad()
     def judge(self) -> None:
