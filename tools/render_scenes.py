@@ -60,7 +60,8 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The encoder's view that the demo model was made for (config.json of the demo model).
 SCALE_RESOLUTION = 112
 PATCH_SIZE = 14
-# Letters this large in a view are read; the ones below are not (measured on the demo model; between lies doubt).
+# Font sizes in a view's pixels: training asks for text from the first on, and calls it too small up to the second.
+# Chosen, not measured; nothing is asked about what lies between.
 READABLE_PX = 11.0
 UNREADABLE_PX = 8.5
 
