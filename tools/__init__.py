@@ -1,0 +1,1 @@
+"""Scripts of one job each; see their docstrings."""
