@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs"),
-    ("slicing", "frames", "checkpoint", "store", "engine"),
-    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker"),
+    ("rkllm_abi", "slicing", "frames", "checkpoint", "store", "engine"),
+    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding",),
     ("openvino_graphs",),
-    ("openvino_engine", "openvino_vision"),
+    ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
     ("runtime", "transcript"),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision"}
+ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_embed"}
 
 
 def modules() -> dict[str, list[Path]]:
