@@ -38,8 +38,10 @@ from mmchat.decoding import TextStream, ids_of_text
 from mmchat.embed_table import EmbedTable
 from mmchat.embedding import RowKey, assemble, common_prefix, row_keys
 from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
-from mmchat.errors import ContextFull, EngineError, PromptError, SamplingFixed
+from mmchat.errors import ContextFull, EngineError, ModelDirError, PromptError, SamplingFixed
+from mmchat.model_dir import MARGIN_ROWS, ModelSpec
 from mmchat.prompt import ChatTokenizer
+from mmchat.rkllm_detect import detect
 
 Strategy = Literal["resend", "prefix", "append"]
 
@@ -47,6 +49,7 @@ Strategy = Literal["resend", "prefix", "append"]
 BASE_DOMAIN = 1
 _N_CPUS = 4  # the vendor's default; fewer than the model's NPU cores fail rkllm_init
 _POLL_S = 0.05
+_SEE_LOG = "see ~/.local/state/mmchat/rkllm.log"
 _ABORT_AGAIN_S = 1.0
 
 
@@ -61,6 +64,46 @@ class Findings:
     strategy: Strategy = "resend"
     rewinds: bool = False
     safe_rows: int | None = None
+
+
+def load_board(
+    spec: ModelSpec, library: Path, *, family: str | None = None, context_rows: int, sampling: Sampling
+) -> tuple[RkllmModel, EmbedTable, ChatTokenizer]:
+    """Check all that can be checked before the vendor's code runs, then load a board folder's model.
+
+    context_rows: what prompt and answer may take together.  family: the user's word for the library's ABI.
+
+    Raises ModelDirError: files that do not belong together; EngineError: the library (see rkllm_detect), the model.
+    """
+    if spec.board is None:
+        raise ModelDirError(f"{spec.folder}: no mmchat.json, so no model for RKLLM")
+    if not 1 <= context_rows <= spec.context_rows:
+        raise ModelDirError(f"a context of {context_rows} rows: {spec.board.llm_path} allows 1 to {spec.context_rows}")
+    table, tokenizer = EmbedTable.open(spec.embed_table_path), ChatTokenizer(spec.tokenizer_path)
+    if table.width != spec.llm.hidden_size or table.n_ids < tokenizer.n_ids:
+        raise ModelDirError(
+            f"{table.path}: rows {table.n_ids} x {table.width}, but the model is {spec.llm.hidden_size} wide "
+            f"and its tokenizer has {tokenizer.n_ids} tokens"
+        )
+    if tokenizer.stop_ids != spec.board.stop_ids:
+        raise ModelDirError(
+            f"{spec.tokenizer_path}: answers end with {sorted(tokenizer.stop_ids)}, but with "
+            f"{sorted(spec.board.stop_ids)} in mmchat.json"
+        )
+    found = detect(library, family=family)
+    for line in found.evidence:
+        print(f"mmchat: {library}: {line}", file=sys.stderr)
+    model = RkllmModel(
+        library,
+        rkllm_abi.FAMILIES[found.family],
+        spec.board.llm_path,
+        context_rows=min(-(-(context_rows + MARGIN_ROWS) // 32) * 32, spec.llm.context_rows),
+        hidden_size=spec.llm.hidden_size,
+        n_tokens=tokenizer.n_ids,
+        sampling=sampling,
+        base_domain=spec.board.base_domain,
+    )
+    return model, table, tokenizer
 
 
 class RkllmModel:
@@ -116,7 +159,7 @@ class RkllmModel:
         code = self._library.rkllm_init(ctypes.byref(self._handle), ctypes.byref(param), callback)
         if code != 0 or not self._handle:
             raise EngineError(
-                f"rkllm_init returned {code} {'and no handle ' if code == 0 else ''}for {model}: see the worker's log; "
+                f"rkllm_init returned {code} {'and no handle ' if code == 0 else ''}for {model}; {_SEE_LOG}; "
                 "usual causes are too little NPU memory, a driver below 0.9.7, or a context beyond the model's"
             )
         self._kept.append(param)
@@ -212,7 +255,7 @@ class RkllmModel:
     def _check(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
         if code != 0:
-            raise EngineError(f"{name} returned {code} (RKLLM {self.family.name}); see the worker's log")
+            raise EngineError(f"{name} returned {code} (RKLLM {self.family.name}); {_SEE_LOG}")
 
 
 class RkllmEngine:
@@ -413,9 +456,9 @@ class _Answer:
         if self.reason is not None or (cancelled and returned.aborted):
             return
         if returned.failed or returned.code != 0:
-            raise EngineError(f"rkllm_run failed (code {returned.code}); see the worker's log")
+            raise EngineError(f"rkllm_run failed (code {returned.code}); {_SEE_LOG}")
         if not returned.finished and len(self.ids) == self.n_resumed:
-            raise EngineError("rkllm_run came back with neither an answer nor an error; see the worker's log")
+            raise EngineError("rkllm_run came back with neither an answer nor an error; {_SEE_LOG}")
         self.reason = "stop"
 
     def spelled(self) -> tuple[int, ...]:

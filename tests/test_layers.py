@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs"),
     ("rkllm_abi", "slicing", "frames", "checkpoint", "store", "engine"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
-    ("embedding",),
+    ("embedding", "profile"),
     ("openvino_graphs",),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
