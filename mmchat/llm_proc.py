@@ -202,7 +202,7 @@ def _rkllm(config: dict[str, Any]) -> Engine:
 
     spec, options = open_model(Path(config["folder"])), config["rkllm"]
     os.environ.setdefault("RKLLM_LOG_LEVEL", "1")  # the library reads it when it is loaded
-    model, table, tokenizer = load_board(
+    model, table, tokenizer, _ = load_board(
         spec,
         Path(options["library"]),
         family=options["family"],

@@ -41,7 +41,7 @@ from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Tok
 from mmchat.errors import ContextFull, EngineError, ModelDirError, PromptError, SamplingFixed
 from mmchat.model_dir import MARGIN_ROWS, ModelSpec
 from mmchat.prompt import ChatTokenizer
-from mmchat.rkllm_detect import detect
+from mmchat.rkllm_detect import Detection, detect
 
 Strategy = Literal["resend", "prefix", "append"]
 
@@ -68,7 +68,7 @@ class Findings:
 
 def load_board(
     spec: ModelSpec, library: Path, *, family: str | None = None, context_rows: int, sampling: Sampling
-) -> tuple[RkllmModel, EmbedTable, ChatTokenizer]:
+) -> tuple[RkllmModel, EmbedTable, ChatTokenizer, Detection]:
     """Check all that can be checked before the vendor's code runs, then load a board folder's model.
 
     context_rows: what prompt and answer may take together.  family: the user's word for the library's ABI.
@@ -103,7 +103,7 @@ def load_board(
         sampling=sampling,
         base_domain=spec.board.base_domain,
     )
-    return model, table, tokenizer
+    return model, table, tokenizer, found
 
 
 class RkllmModel:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
 
 import mmchat
 from mmchat import llm_proc
@@ -23,45 +22,10 @@ from mmchat.errors import ContextFull, EngineError, ModelDirError, WorkerDied, W
 from mmchat.model_dir import open_model
 from mmchat.profile import Profile
 from mmchat.runtime import Runtime
+from tests.conversation import GREEDY, picture, talk
 from tests.fakes import eventually, is_gone
 from tests.rkllm_standin.__main__ import LIBRARY, LLM, write_board_folder
 from tests.rkllm_standin.build import library
-
-# (question, new pictures); the third turn's are two.
-TURNS = (
-    ("What colour is the circle?", 1),
-    ("Say it again.", 0),
-    ("Are they the same?", 2),
-    ("What is in the last picture?", 0),
-    ("And in this one?", 1),
-    ("Thank you.", 0),
-)
-GREEDY = {"temperature": 0.0}  # the answers end by themselves
-
-
-def picture(number: int) -> Image.Image:
-    image = Image.new("RGB", (112 + 30 * number, 112), "white")
-    colour = ("red", "blue", "green", "black")[number % 4]
-    ImageDraw.Draw(image).ellipse((20, 20, 70 + 5 * number, 90), fill=colour)
-    return image
-
-
-def talk(runtime: Runtime) -> tuple[list[tuple[int, ...]], int, int]:
-    """The conversation: its answers' tokens, rows prefilled over all turns, and rows that were new."""
-    session, n_pictures = runtime.session(), 0
-    answers, n_prefilled, n_new, n_known = [], 0, 0, 0
-    for question, n_images in TURNS:
-        images = [picture(n_pictures + i) for i in range(n_images)]
-        n_pictures += n_images
-        reply = session.ask(question, images, **GREEDY)
-        assert reply.text
-        usage = reply.usage
-        assert usage.n_reused + usage.n_prefilled == usage.n_prompt
-        answers.append(session.turns[-1].ids)
-        n_prefilled += usage.n_prefilled
-        n_new += usage.n_prompt - n_known  # all but the prompt and the answer before; its end token is new
-        n_known = usage.n_prompt + usage.n_new
-    return answers, n_prefilled, n_new
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +61,21 @@ def board(folders: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Pat
     return copy
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: what OpenVINO's conversation encoded is there for the boards', for their encoder is the same."""
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.fixture
-def open_board(board: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Runtime]]:
+def open_board(board: Callable[[str], Path], store: Path) -> Iterator[Callable[..., Runtime]]:
     opened: list[Runtime] = []
 
     def open_(family: str = "1.3.0", folder: Path | None = None, **profile: Any) -> Runtime:
         folder = folder or board(family)
         if profile:
             Profile.open(open_model(folder), folder / LIBRARY).update(**profile)
-        opened.append(mmchat.open(folder, store=tmp_path / "store", n_threads=1))
+        opened.append(mmchat.open(folder, store=store, n_threads=1))
         return opened[-1]
 
     yield open_
@@ -117,9 +87,9 @@ def open_board(board: Callable[[str], Path], tmp_path: Path) -> Iterator[Callabl
 
 
 @pytest.fixture(scope="module")
-def wanted() -> tuple[list[tuple[int, ...]], int]:
+def wanted(store: Path) -> tuple[list[tuple[int, ...]], int]:
     """OpenVINO's answers, and the rows that are new over the conversation."""
-    with mmchat.open("demo", n_threads=1) as runtime:
+    with mmchat.open("demo", store=store, n_threads=1) as runtime:
         answers, _, n_new = talk(runtime)
     return answers, n_new
 

@@ -159,6 +159,22 @@ def prompt(
         showing.prompt(conversation, tokenizer, model, as_json)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option("--model", "-m", metavar="DIR", help="A board's model folder.")],
+    again: Annotated[bool, typer.Option("--again", help="Forget what was found before.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find out what this board's RKLLM library does with a model, and write its profile; about 10 minutes.
+
+    Interrupted, it goes on where it was.
+    """
+    from mmchat.cli import calibrating
+
+    with options.errors_as_lines():
+        calibrating.calibrate(model, again, as_json)
+
+
 def main() -> None:
     """The mmchat command."""
     try:
