@@ -226,6 +226,11 @@ class _Calibration:
             if not todo:
                 break
             length = todo[0]
+            try:
+                self._worker.ready()  # a crash may leave the NPU without memory for another start
+            except EngineError as error:
+                state["stopped"] = str(error)
+                break
             self._say(f"      {length} rows")
             self._keep("ladder", {**state, "trying": length})
             try:
@@ -338,6 +343,8 @@ def _advice(
         yield "a turn prefills what is new; an edited or regenerated turn prefills everything"
     elif not rewinds:
         yield "pictures of equal size are mixed up without emptying the cache: an edited turn prefills everything"
+    if "stopped" in probes["ladder"]:
+        yield f"the model did not load again after a crash ({probes['ladder']['stopped']}): restart the board"
     if safe_rows is not None:
         yield f"longer runs than {safe_rows} rows crash and are refused: fewer slices, shorter conversations"
     growth = probes["memory"].get("mb_per_run", 0)

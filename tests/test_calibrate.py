@@ -65,6 +65,8 @@ def run(folder: Path, **options: Any) -> Report:
 @pytest.fixture
 def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_rungs", lambda longest: [64, 129])
+    monkeypatch.setattr(module, "_TRIALS", 2)
+    monkeypatch.setattr(module, "_MEMORY_RUNS", 2)
 
 
 # (family, switches) -> (strategy, rewinds, end token kept)
@@ -117,6 +119,7 @@ def test_the_next_chat_prefills_what_is_new(
     assert (n_prefilled == n_new) == (strategy != "resend")
 
 
+@pytest.mark.usefixtures("short_ladder")
 def test_the_ladder_finds_the_length_that_crashes(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "300")
     monkeypatch.setattr(module, "_rungs", lambda longest: [64, 128, 256, 512, longest])
@@ -154,7 +157,7 @@ def test_it_goes_on_where_it_was(board: Any, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("short_ladder")
 def test_a_probe_that_crashes_is_a_result(board: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
-    monkeypatch.setenv("RKLLM_STANDIN_CRASH", "12")  # in the probe of append
+    monkeypatch.setenv("RKLLM_STANDIN_CRASH", "7")  # in the probe of append
     report = run(board())
     assert "SIGSEGV" in report.probes["append"]["crashed"]
     assert report.strategy == "prefix"

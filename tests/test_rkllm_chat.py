@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import mmchat
 from mmchat import llm_proc
-from mmchat.errors import ContextFull, EngineError, ModelDirError, WorkerDied, WorkerTimeout
+from mmchat.errors import ContextFull, EngineBusy, EngineError, ModelDirError, WorkerDied, WorkerTimeout
+from mmchat.llm_proc import Rkllm
 from mmchat.model_dir import open_model
 from mmchat.profile import Profile
 from mmchat.runtime import Runtime
+from mmchat.store import Store
+from mmchat.worker import Exclusive
 from tests.conversation import GREEDY, picture, talk
 from tests.fakes import eventually, is_gone
 from tests.rkllm_standin.__main__ import LIBRARY, LLM, write_board_folder
@@ -139,7 +143,8 @@ def test_every_fault_ends_in_a_right_answer_or_one_clear_error(
     fault: str, open_board: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     switches, expected = FAULTS[fault]
-    monkeypatch.setattr(llm_proc, "SILENCE_S", 3.0)
+    if "HANG" in switches:
+        monkeypatch.setattr(llm_proc, "SILENCE_S", 1.5)
     monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
     with monkeypatch.context() as patch:
         for name, value in switches.items():
@@ -233,6 +238,20 @@ def test_what_the_library_writes_goes_to_a_log_file_and_never_into_the_parent(op
     maps = Path("/proc/self/maps").read_text()
     assert str(runtime.spec.folder) not in maps
     assert str(runtime.spec.folder / LIBRARY) in Path(f"/proc/{runtime.llm.worker.pid}/maps").read_text()
+
+
+def test_encoder_and_llm_take_turns_on_one_npu(folders: Callable[[str], Path], store: Path) -> None:
+    folder, npu = folders("1.3.0"), Exclusive("the NPU is busy")
+    spec = open_model(folder)
+    rkllm = Rkllm(folder / LIBRARY, Profile.open(spec, folder / LIBRARY), npu=npu)
+    with Runtime(spec, Store(store), context_rows=spec.context_rows, n_threads=1, rkllm=rkllm) as runtime:
+        session, unseen = runtime.session(), Image.new("RGB", (50, 60), "red")
+        with npu.held():  # as the other worker does in this very thread
+            with pytest.raises(EngineBusy, match="the NPU is busy"):
+                session.ask("Hello.").text  # noqa: B018
+            with pytest.raises(EngineBusy, match="the NPU is busy"):
+                session.ask("Hello.", unseen).text  # noqa: B018
+        assert session.ask("Hello.", **GREEDY).text
 
 
 def break_json(folder: Path, **values: Any) -> None:
