@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_LARGEST = 2**31 - 1  # what vendors' structs hold
+_TO = f"to {_LARGEST}"
+
 StopReason = Literal["stop", "length", "cancelled"]
 
 
@@ -65,9 +68,9 @@ class Sampling:
         stop: Any = self.stop  # a single text and a list are taken too
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         checks: list[tuple[str, Any, bool, str]] = [
-            ("max_new_tokens", self.max_new_tokens, _is_int(self.max_new_tokens, 1), "a whole number >= 1"),
+            ("max_new_tokens", self.max_new_tokens, _is_int(self.max_new_tokens, 1), f"a whole number from 1 {_TO}"),
             ("temperature", self.temperature, _in(self.temperature, 0, 100), "from 0 to 100"),
-            ("top_k", self.top_k, _is_int(self.top_k, 0), "a whole number >= 0"),
+            ("top_k", self.top_k, _is_int(self.top_k, 0), f"a whole number from 0 {_TO}"),
             ("top_p", self.top_p, _in(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1"),
             (
                 "repetition_penalty",
@@ -75,7 +78,7 @@ class Sampling:
                 _in(self.repetition_penalty, 0.01, 100),
                 "from 0.01 to 100",
             ),
-            ("seed", self.seed, self.seed is None or _is_int(self.seed, 0), "None or a whole number >= 0"),
+            ("seed", self.seed, self.seed is None or _is_int(self.seed, 0), f"None or a whole number from 0 {_TO}"),
             ("stop", self.stop, all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
         ]
         for name, value, good, wanted in checks:
@@ -95,7 +98,7 @@ class Sampling:
 
 
 def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _LARGEST
 
 
 def _in(value: Any, low: float, high: float) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -51,10 +52,21 @@ class OpenedImage:
     """A picture whose header was read: its size is known, its pixels are not decoded yet."""
 
     def __init__(
-        self, image: Image, name: str, *, reference: bool, max_pixels: int, file: IO[bytes] | None = None
+        self,
+        image: Image,
+        name: str,
+        *,
+        reference: bool,
+        max_pixels: int,
+        file: IO[bytes] | None = None,
+        shared: bool = False,
     ) -> None:
-        """file: to be closed in the end.  Raises ImageError where the size is bad."""
+        """file: to be closed in the end.  shared: the image is its owner's still.
+
+        Raises ImageError where the size is bad.
+        """
         self._image, self._name, self._reference, self._file = image, name, reference, file
+        self._may_draft = not reference and not shared and image.format in ("JPEG", "MPO")
         width, height = image.size
         if width < 1 or height < 1:
             raise ImageError(f"{name}: has no pixels ({width}x{height})")
@@ -69,7 +81,8 @@ class OpenedImage:
         """The picture in RGB, its pixels decoded.
 
         at_least: (width, height) that it will be scaled down to.  A JPEG is then decoded at 1/2, 1/4 or 1/8 of its
-            size where that leaves at least twice as many pixels on both sides; never with reference=True.
+            size where that leaves at least twice as many pixels on both sides; never with reference=True, and never
+            one that came as a PIL image, for it is its owner's.
 
         Raises ImageError: truncated or damaged.
         """
@@ -77,7 +90,7 @@ class OpenedImage:
 
         image = self._image
         with _damage_told(self._name):
-            if at_least is not None and not self._reference and image.format in ("JPEG", "MPO"):
+            if at_least is not None and self._may_draft:
                 width, height = at_least[::-1] if self._turned else at_least
                 image.draft(None, (min(image.width, 2 * width), min(image.height, 2 * height)))
             image.load()
@@ -97,12 +110,15 @@ class OpenedImage:
             self._file.close()
 
 
-def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+def open_image(
+    source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS, name: str = ""
+) -> OpenedImage:
     """source, as far as its header: to be used in a with statement.
 
     source: path of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or such a file's bytes; a PIL image; or an array
         (height, width), (height, width, 1|3|4) or (1|3, height, width): uint8, uint16, bool, or float in 0..1.
     max_pixels: width x height above which a picture is refused before it is decoded.
+    name: what errors call a picture that comes as bytes.
 
     Raises ImageError: no such file, not a picture, too many pixels, or an array of another kind.
     """
@@ -110,11 +126,11 @@ def open_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
 
     rules: dict[str, Any] = {"reference": reference, "max_pixels": max_pixels}
     if isinstance(source, pil.Image):
-        return OpenedImage(source, "the image", **rules)
+        return OpenedImage(source, "the image", **rules, shared=True)
     if isinstance(source, np.ndarray):
         return OpenedImage(_from_array(source), "the array", **rules)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        name = f"the picture ({len(source)} bytes)"
+        name = name or f"the picture ({len(source)} bytes)"
         return OpenedImage(_header(io.BytesIO(source), name, max_pixels), name, **rules)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -151,8 +167,10 @@ def _header(file: Any, name: str, max_pixels: int) -> Image:
     try:
         with _damage_told(name):
             return pil.open(file, formats=_FORMATS)
-    except pil.DecompressionBombError:
-        raise ImageError(f"{name}: has more pixels than are safe to decode (limit {max_pixels:,})") from None
+    except pil.DecompressionBombError as error:
+        told = re.search(r"\d+ pixels", str(error))
+        n_pixels = f"{told[0]} are" if told else "that is"
+        raise ImageError(f"{name}: {n_pixels} more than is safe to decode (limit {max_pixels:,})") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a picture ({', '.join(_FORMATS)} can be read)") from None
 

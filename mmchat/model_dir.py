@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -151,12 +152,17 @@ class ModelSpec:
         return digest.hexdigest()
 
 
+def model_folder(name: str | Path) -> Path:
+    """Where the model "demo", or a folder as a user gives it, lies; whether it is there is not asked."""
+    return Path(__file__).parent / DEMO if str(name) == DEMO else Path(os.path.expanduser(name))
+
+
 def open_model(name: str | Path) -> ModelSpec:
     """The model "demo", or a folder.
 
     Raises ModelDirError: no such folder, files missing, or values that do not fit together.
     """
-    folder = Path(__file__).parent / DEMO if str(name) == DEMO else Path(name).expanduser()
+    folder = model_folder(name)
     if not folder.is_dir():
         raise ModelDirError(f'{folder}: no such model folder (give a folder, or "demo" for the built-in model)')
     needed = ("config.json", "preprocessor_config.json", "tokenizer.json")

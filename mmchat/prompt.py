@@ -230,6 +230,7 @@ def build(
             max_patches=max_patches,
         )
 
+    plan((1, 1))  # refuses an impossible max_slice_nums, pictures or not
     parsed = [_message(message, f"message {i}", remaining, plan) for i, message in enumerate(messages)]
     if system_prompt:
         if parsed and parsed[0].role == "system":
@@ -257,7 +258,7 @@ def _message(message: Any, where: str, sizes: Any, plan: Callable[[Size], SliceP
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(Text(part["text"]))
         elif kind == "image":
-            size = part.get("size") or next(sizes, None)
+            size = part["size"] if part.get("size") is not None else next(sizes, None)
             if not isinstance(size, (list, tuple)) or [type(n) for n in size] != [int, int]:
                 raise PromptError(f'{where}, part {number}: an image needs "size": [width, height], not {size!r}')
             parts.append(Picture(plan((size[0], size[1]))))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
-from mmchat.store import DEFAULT_CAP_BYTES, Store
+from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
 from mmchat.vision_proc import VisionClient
 from mmchat.worker import Exclusive
 
@@ -108,9 +108,9 @@ def open(
         raise ModelDirError(f'{spec.folder}: has no mmchat.json, so no model for RKLLM; use engine="openvino"')
     if engine == "openvino" and spec.board:
         raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
-    if spec.board and context_rows is not None and context_rows > spec.context_rows:
-        raise ModelDirError(f"context_rows is {context_rows}; {spec.board.llm_path} allows at most {spec.context_rows}")
-    limit = min(context_rows or spec.context_rows, spec.context_rows)
+    limit = context_rows or spec.context_rows
+    if limit > spec.context_rows:
+        raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
     rkllm = _rkllm(spec) if spec.board else None
     runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads, rkllm=rkllm)
     runtime.llm.worker.start()
@@ -144,11 +144,8 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
 
 
 def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
-    folder = folder or os.environ.get("MMCHAT_STORE")
-    if folder:
-        return Store(Path(folder).expanduser(), cap_bytes)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        return Store(cache / "mmchat" / "embeddings", cap_bytes)
-    except StoreError:
-        return Store(Path(tempfile.gettempdir()) / f"mmchat-{os.getuid()}" / "embeddings", cap_bytes)
+    *firsts, last = [Path(os.path.expanduser(folder))] if folder else default_folders(os.environ)
+    for first in firsts:
+        with contextlib.suppress(StoreError):
+            return Store(first, cap_bytes)
+    return Store(last, cap_bytes)

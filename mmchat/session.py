@@ -194,21 +194,23 @@ class Session:
         )
 
     def _prepare(self, source: ImageSource) -> _Prepared:
-        name, file = "", source if isinstance(source, bytes) else None
+        path = name = ""
+        file = source if isinstance(source, bytes) else None
         if isinstance(source, (str, os.PathLike)):
-            name = Path(source).name
+            path = os.fspath(source)
+            name = Path(source).name.encode(errors="backslashreplace").decode()  # a name need not be Unicode
             with open_image(source):  # a clear error, before all of a file is read that is no picture
                 pass
             file = Path(source).read_bytes()
-        plan, slices = self._cut(source if file is None else file)
+        plan, slices = self._cut(source if file is None else file, path)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
         # Should the store lose them, the slices are made again: from the file as it is now, where there is one; else
         # they are kept themselves, for the image or array may be drawn on later.
         again = (lambda: slices) if file is None else (lambda: self._cut(file)[1])
         return _Prepared(name, plan, keys, slices, again)
 
-    def _cut(self, source: ImageSource) -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
-        with open_image(source, reference=self.reference_pixels) as opened:
+    def _cut(self, source: ImageSource, name: str = "") -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
+        with open_image(source, reference=self.reference_pixels, name=name) as opened:
             plan = self._plan(opened.size)
             return plan, slice_image(opened.read(at_least=plan.refined or plan.source), plan)
 

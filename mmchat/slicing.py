@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-_LARGEST = 1_000_000_000
+_LARGEST_SIDE, _MOST_SLICES = 1_000_000_000, 1000
 
 # Below this a second thread costs more than it saves (measured: benchmarks/host.md).
 _PARALLEL_FROM_PX = 4_000_000
@@ -77,11 +77,15 @@ def plan_slices(
         never below one; where that leaves a strip one patch high that is still too long, its length is cut to
         max_patches.  Only very elongated pictures meet this (1056 patches hold every view up to 5.57:1).
 
-    Raises ImageError for sizes and limits below 1 or above a billion.
+    Raises ImageError for sizes and limits below 1, sides above a billion, and more than 1000 slices.
     """
-    for name, value in (("width", width), ("height", height), ("max_slice_nums", max_slice_nums)):
-        if not 1 <= value <= _LARGEST:
-            raise ImageError(f"{name} is {value}; it must be from 1 to {_LARGEST:,}")
+    for name, value, most in (
+        ("width", width, _LARGEST_SIDE),
+        ("height", height, _LARGEST_SIDE),
+        ("max_slice_nums", max_slice_nums, _MOST_SLICES),
+    ):
+        if not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+            raise ImageError(f"{name} is {value}; it must be a whole number from 1 to {most:,}")
     if patch_size < 1 or scale_resolution < patch_size or (max_patches is not None and max_patches < 1):
         raise ImageError(
             f"scale_resolution {scale_resolution}, patch_size {patch_size}, max_patches {max_patches}: need "

@@ -20,9 +20,10 @@ import mmap
 import os
 import re
 import struct
+import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,15 @@ _MAGIC, _FORMAT = b"MMCHATEM", 1
 _KEY = re.compile(r"[0-9a-f]{64}")
 _EVICT_TO = 0.9  # of the cap, so that a full store is not scanned at every write
 _STALE_TEMPORARY_S = 3600
+
+
+def default_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where embeddings are kept unless a folder is given: the first of these that can be used."""
+    if named := environ.get("MMCHAT_STORE"):
+        return (Path(os.path.expanduser(named)),)
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    temporary = Path(tempfile.gettempdir()) / f"mmchat-{os.getuid()}"
+    return Path(cache) / "mmchat" / "embeddings", temporary / "embeddings"
 
 
 def slice_key(pixels: NDArray[np.uint8], encoder_digest: str) -> str:
@@ -76,7 +86,9 @@ class Store:
             with self._lock():
                 pass
         except OSError as error:
-            raise StoreError(f"{self.root}: no place for embeddings ({error.strerror or error})") from None
+            raise StoreError(
+                f"{self.root}: no place for embeddings ({error.strerror or error}); MMCHAT_STORE names another folder"
+            ) from None
 
     def has(self, key: str) -> bool:
         """Whether an embedding of the right length is there; its checksum is get's affair.  Counts as a use."""
@@ -142,7 +154,9 @@ class Store:
                 self._set_total(total)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(f"{self.root}: embedding not kept ({error.strerror or error})") from None
+            raise StoreError(
+                f"{self.root}: embedding not kept ({error.strerror or error}); MMCHAT_STORE names another folder"
+            ) from None
 
     @contextlib.contextmanager
     def lease(self, keys: Iterable[str]) -> Iterator[None]:
@@ -237,10 +251,8 @@ class Store:
 
     def _remove(self, path: Path) -> None:
         with contextlib.suppress(OSError), self._lock():
-            total = self._total()
-            total -= path.stat().st_size
             path.unlink()
-            self._set_total(total)
+            (self.root / "total").unlink(missing_ok=True)  # a damaged file's size is not what it was counted with
 
 
 def _parse(header: bytes) -> tuple[int, int, int, int] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.checkpoint import write_atomic
+from mmchat.errors import SessionError
 from mmchat.session import Session
 
 
@@ -41,9 +42,12 @@ def to_markdown(session: Session) -> str:
 
 
 def save_transcript(session: Session, path: Path) -> None:
-    """Whole or not at all; JSON where the name ends in .json, else Markdown."""
+    """Whole or not at all; JSON where the name ends in .json, else Markdown.  Raises SessionError."""
     if path.suffix.lower() == ".json":
         text = json.dumps(transcript(session), ensure_ascii=False, indent=2) + "\n"
     else:
         text = to_markdown(session)
-    write_atomic(path, lambda file: file.write(text.encode()))
+    try:
+        write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -42,7 +42,7 @@ _STEP_S = 0.1
 
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[3:]
+sys.path[:] = sys.argv[4:]
 from mmchat.child import main
 main(int(sys.argv[1]), int(sys.argv[2]))
 """
@@ -136,8 +136,9 @@ class Worker:
         """End the child now; the next request starts another."""
         process = self._process
         if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_EXIT_GRACE_S)  # else a request sent at once would reach the dying one
 
     def reload(self, config: dict[str, Any]) -> None:
         """End the child; the next one is given this configuration."""
@@ -166,7 +167,8 @@ class Worker:
         try:
             descriptors = (theirs.fileno(), their_lifeline)
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), *sys.path],
+                # The name is for people who look at a list of processes.
+                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), f"mmchat-{self.name}-worker", *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

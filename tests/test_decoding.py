@@ -189,9 +189,9 @@ def test_only_what_the_settings_leave_is_chosen(
     ],
 )
 def test_frequencies_are_the_oracles(settings_: dict[str, float]) -> None:
-    """3,000 seeds: every frequency within five standard deviations."""
+    """1,500 seeds: every frequency within five standard deviations."""
     logits = np.array([1.0, 0.2, -0.5, 0.9, -2.0, 0.0], np.float32)
-    n = 3000
+    n = 1500
     drawn = [choose(logits, Sampling.from_dict({**settings_, "seed": seed}), [0, 4]) for seed in range(n)]
     wanted = probabilities(logits, Sampling.from_dict(dict(settings_)), [0, 4])
     got = np.bincount(drawn, minlength=6) / n
@@ -232,9 +232,9 @@ def demo() -> ChatTokenizer:
 @given(ids=st.lists(st.integers(0, 580), max_size=12), cut=st.integers(0, 30))
 def test_ids_of_text_spell_the_text(demo: ChatTokenizer, ids: list[int], cut: int) -> None:
     """Of an answer that was cut off anywhere: its own tokens as far as they go, then the rest anew."""
-    text = b"".join(map(demo.token_bytes, ids)).decode(errors="ignore")[:cut]
+    text = b"".join(map(demo.token_bytes, ids)).decode(errors="replace")[:cut]
     got = ids_of_text(ids, text, demo.token_bytes, demo.encode)
-    assert b"".join(map(demo.token_bytes, got)).decode() == text
+    assert b"".join(map(demo.token_bytes, got)).decode(errors="replace") == text
     kept = 0
     while kept < len(ids) and text.encode().startswith(b"".join(map(demo.token_bytes, ids[: kept + 1]))):
         kept += 1

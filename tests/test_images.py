@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from mmchat.errors import ImageError
-from mmchat.images import read_image
+from mmchat.images import open_image, read_image
 
 ORIENTATION = 0x0112
 # PIL has more modes; these are the ones its own decoders and converters make.
@@ -276,6 +276,80 @@ def test_a_picture_given_as_an_object_is_not_changed() -> None:
         assert (image.mode, image.tobytes()) == (mode, before)
 
 
+# --- headers, and JPEGs at a fraction ---------------------------------------------------------------------------
+
+
+def test_the_size_is_known_before_the_pixels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the picture will stand, turned where EXIF says so; the reference does not turn."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encoded(gradient(30, 20), "JPEG", exif=exif)
+    with open_image(data) as opened:
+        assert opened.size == (20, 30)
+        assert opened.read().size == (20, 30)
+    with open_image(data, reference=True) as opened:
+        assert opened.size == opened.read().size == (30, 20)
+    half = encoded(gradient(300, 200))[:900]
+    with open_image(half) as opened:
+        assert opened.size == (300, 200)
+        with pytest.raises(ImageError, match="truncated or damaged"):
+            opened.read()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("at_least", "k"),
+    [((400, 300), 1), ((201, 150), 1), ((200, 150), 2), ((100, 76), 2), ((100, 75), 4), ((50, 37), 8), ((1, 1), 8)],
+)
+def test_a_large_jpeg_is_decoded_at_a_fraction(at_least: tuple[int, int], k: int, orientation: int) -> None:
+    """1/k of its size where that leaves twice what is wanted on both sides; about the same picture."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = Image.merge("RGB", [*gradient(800, 600).split()[:2], Image.new("L", (800, 600), 99)])
+    data = encoded(stored, "JPEG", quality=95, exif=exif)
+    upright = read_image(data)
+    wanted = at_least if orientation == 1 else at_least[::-1]
+    with open_image(data) as opened:
+        assert opened.size == upright.size
+        drafted = opened.read(at_least=wanted)
+    assert drafted.size == (upright.width // k, upright.height // k)
+    assert k == 1 or (drafted.width >= 2 * wanted[0] and drafted.height >= 2 * wanted[1])
+    both = [np.asarray(image.resize((40, 30), Image.Resampling.BOX)).astype(int) for image in (drafted, upright)]
+    assert np.abs(both[0] - both[1]).max() <= 4
+    with open_image(data, reference=True) as opened:
+        assert opened.read(at_least=wanted).size == (800, 600)
+
+
+def test_only_jpegs_are_decoded_at_a_fraction() -> None:
+    for kind in ("PNG", "WEBP", "TIFF"):
+        with open_image(encoded(gradient(160, 120), kind)) as opened:
+            assert opened.read(at_least=(10, 10)).size == (160, 120)
+
+
+def test_an_opened_jpeg_object_is_not_shrunk_for_its_owner() -> None:
+    """What the caller goes on using, and what is read again when slices must be made anew, keeps its size."""
+    theirs = Image.open(io.BytesIO(encoded(gradient(160, 120), "JPEG")))
+    with open_image(theirs) as opened:
+        opened.read(at_least=(10, 10))
+    assert theirs.size == (160, 120)
+    assert read_image(theirs).size == (160, 120)
+
+
+def test_files_are_closed(tmp_path: Path) -> None:
+    """At the end of the with statement, also after an error; ResourceWarnings are errors here."""
+    whole, cut = encoded(gradient()), encoded(gradient(90, 90))[:200]
+    for name, data in (("whole", whole), ("cut", cut), ("none", b"no"), ("large", encoded(Image.new("1", (400, 300))))):
+        (tmp_path / name).write_bytes(data)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for name in ("whole", "cut", "none", "large"):
+        try:
+            read_image(tmp_path / name, max_pixels=100_000)
+        except ImageError:
+            continue
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert after == before
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +597,7 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 @given(damaged_files())
 @settings(max_examples=max(300, settings().max_examples))
 @example(b"Pf 2 1 0\n" + bytes(8))
+@example(b"Pf 2 1 -1.0\n" + bytes(4) + b"\2\0\x80\x7f")  # a signalling NaN
 @example(b"P6 3 3 0\n" + bytes(27))
 @example(b"P5 1 1 99999999\n" + bytes(8))
 def test_damaged_files(data: bytes) -> None:

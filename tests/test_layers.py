@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "vision_inputs"),
-    ("rkllm_abi", "slicing", "frames", "checkpoint", "store", "engine"),
+    ("errors", "vision_inputs", "patient"),
+    ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
-    ("embedding", "profile"),
-    ("openvino_graphs",),
+    ("embedding", "doctor_npu", "profile"),
+    ("openvino_graphs", "doctor"),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
@@ -84,7 +84,7 @@ def test_importing_mmchat_imports_nothing_heavy() -> None:
     assert not loaded_by("import mmchat; mmchat.MmchatError, mmchat.ContextFull, dir(mmchat)") & HEAVY
 
 
-@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "cli"])
+@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "cli", "doctor"])
 def test_the_parent_imports_no_engine(module: str) -> None:
     """The engine lives in the workers; what picks and talks to them does not load it."""
     assert not loaded_by(f"import mmchat.{module}") & {"openvino", "torch", "rknnlite"}

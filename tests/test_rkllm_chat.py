@@ -273,7 +273,7 @@ def test_what_cannot_work_is_refused_before_the_library_is_initialised(
         ):
             runtime.llm.worker.ready()
 
-    refused("context_rows is 4000; .* allows at most 2016", context_rows=4000)
+    refused("context_rows is 4000; demo \\(stand-in\\) has 2016", context_rows=4000)
     refused("no weights for OpenVINO", engine="openvino")
     monkeypatch.setenv("MMCHAT_RKLLM_FAMILY", "9")
     refused("RKLLM family '9' is not known")

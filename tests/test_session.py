@@ -500,6 +500,18 @@ def test_a_picture_that_is_drawn_on_later_stays_what_it_was(setup: Setup) -> Non
     assert [part.tobytes() for part in handle.pixels()] == before
 
 
+def test_asking_does_not_change_the_callers_picture(setup: Setup) -> None:
+    """A large JPEG may be decoded at a fraction of its size; not behind the back of who opened it."""
+    file = io.BytesIO()
+    picture("red", (2000, 1600)).save(file, "JPEG")
+    with Image.open(file) as opened:
+        setup.ask("Red.", "What?", images=[opened])
+        assert opened.size == setup.chat.images[0].size == (2000, 1600)
+        setup.ask("Red.", "And this?", images=[opened])
+        assert opened.size == setup.chat.images[1].size == (2000, 1600)
+    assert setup.chat.images[0].keys == setup.chat.images[1].keys
+
+
 def test_a_file_that_changes_later_stays_what_it_was(setup: Setup, tmp_path: Path) -> None:
     file = tmp_path / "frame.png"
     file.write_bytes(png(picture("red")))

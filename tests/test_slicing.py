@@ -229,7 +229,7 @@ def test_slices_equal_plain_pil(width: int, height: int, max_slice_nums: int, ma
 
 @pytest.mark.parametrize("size", [(1100, 950), (700, 1600), (4000, 260)])
 def test_slices_made_in_two_threads_equal_plain_pil(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the threshold source and cells are scaled at the same time, whatever this machine's CPUs."""
+    """From the threshold on, source and cells are scaled at the same time, whatever this machine's CPUs."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(slicing, "_PARALLEL_FROM_PX", size[0] * size[1])
     check_slices(noise(*size), plan_slices(*size))
@@ -241,6 +241,16 @@ def test_a_picture_of_the_sources_size_is_not_resized() -> None:
     np.testing.assert_array_equal(view, np.asarray(image))
 
 
-def test_a_plan_for_another_size_is_refused() -> None:
-    with pytest.raises(ImageError, match="the plan is for 20x10, the picture has 10x20"):
-        slice_image(noise(10, 20), plan_slices(20, 10))
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("size", [(1001, 803), (640, 480), (7, 5)])
+def test_a_jpeg_decoded_at_a_fraction_is_taken_for_the_whole(size: tuple[int, int], k: int) -> None:
+    """Its size is the fraction, rounded up; the views have the plan's sizes all the same."""
+    plan = plan_slices(*size)
+    views = slice_image(noise(-(-size[0] // k), -(-size[1] // k)), plan)
+    assert [(view.shape[1], view.shape[0]) for view in views] == plan.input_sizes
+
+
+@pytest.mark.parametrize("size", [(10, 20), (19, 10), (7, 3), (40, 20)])
+def test_a_plan_for_another_size_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match=f"the plan is for 20x10, the picture has {size[0]}x{size[1]}"):
+        slice_image(noise(*size), plan_slices(20, 10))

@@ -5,6 +5,7 @@ Each command is a thin front on mmchat.runtime; its module is imported when it i
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def ask(
         typer.Argument(
             metavar="[PICTURE]... QUESTION",
             help="Pictures, then the question. '-' takes a picture, or as the last word the question, from stdin. "
-            "{{path}} in the question puts a picture right there.",
+            "{{path}} in the question puts a picture right there (write \\{{ for braces that are text).",
         ),
     ],
     model: options.Model = "demo",
@@ -58,6 +59,7 @@ def ask(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     store: options.StoreFolder = None,
@@ -78,7 +80,7 @@ def ask(
             words,
             options.Opening(model, engine, store, context, threads),
             options.Talk(system, max_slices, reference_pixels, stats, as_json),
-            options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
+            options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
         )
 
 
@@ -95,6 +97,7 @@ def chat(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     store: options.StoreFolder = None,
@@ -115,7 +118,7 @@ def chat(
             pictures or [],
             options.Opening(model, engine, store, context, threads),
             options.Talk(system, max_slices, reference_pixels, stats, as_json),
-            options.sampling(max_new_tokens, temperature, top_p, top_k, seed, stop),
+            options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
         )
 
 
@@ -124,7 +127,8 @@ def slices(
     picture: Annotated[str, typer.Argument(help="The picture; '-' for stdin.")],
     model: options.Model = "demo",
     resolution: Annotated[
-        int | None, typer.Option(help="Side of a square view in pixels; 448 in MiniCPM-V-2.6. [default: the model's]")
+        int | None,
+        typer.Option(min=14, help="Side of a square view in pixels; 448 in MiniCPM-V-2.6. [default: the model's]"),
     ] = None,
     max_slices: options.MaxSlices = None,
     save: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the cut over the picture.")] = None,
@@ -175,10 +179,41 @@ def calibrate(
         calibrating.calibrate(model, again, as_json)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help='A model folder, or "demo", to look at as well.')
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Look at this machine, and at a model folder: what is wrong, and what to do about it.
+
+    Nothing is loaded or changed.  The exit code is 1 where something is a problem.
+    """
+    from mmchat.cli import doctoring
+
+    with options.errors_as_lines():
+        doctoring.doctor(model, as_json)
+
+
 def main() -> None:
     """The mmchat command."""
+    _open_standard_files()
     try:
         app()
     except BrokenPipeError:  # the reader of stdout left
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
+
+
+def _open_standard_files() -> None:
+    """Whoever called us may have closed them; a file or socket of ours would then take their place."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        options.say("stdout is closed: there is nowhere to write an answer to")
+        raise SystemExit(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from typing import Any
 import typer
 
 import mmchat
-from mmchat.cli.options import Opening, Talk, UsageError, say
+from mmchat.cli.options import Opening, Talk, UsageError, describe, printable, say
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
@@ -23,11 +24,12 @@ from mmchat.runtime import Runtime
 from mmchat.session import ImageHandle, Reply, Session
 from mmchat.transcript import save_transcript
 
-_IN_TEXT = re.compile(r"\{\{(.+?)\}\}", re.DOTALL)
+_IN_TEXT = re.compile(r"(?<!\\)\{\{[ \t]*([^{}\s][^{}]*?)[ \t]*\}\}")
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 HELP = """\
 /image PATH...   attach pictures to the next question ({{PATH}} in a question puts one right there)
+/drop            forget what /image attached
 /images          list the pictures of this conversation
 /undo [N]        take back the last turn, or the last N
 /save FILE       write the conversation to FILE: .json, or Markdown
@@ -42,10 +44,14 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
     if words.count("-") > 1:
         raise UsageError("stdin can be one thing only: a picture, or the question")
     if question == "-":
-        question = sys.stdin.buffer.read().decode(errors="replace")
-    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and Path(question).is_file():
+        try:
+            question = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError:
+            raise UsageError("the question on stdin is not text (UTF-8); a picture comes before the question") from None
+    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and _is_file(question):
         raise UsageError(f"the last word must be the question, but {question} is a picture")
-    if not question.strip():
+    parts = split_pictures(question)
+    if not any(isinstance(part, str) and part.strip() for part in parts):
         raise UsageError("the question is empty: ask something")
     images = [sys.stdin.buffer.read() if picture == "-" else Path(picture) for picture in pictures]
     for image in images:  # before a model is loaded
@@ -53,7 +59,7 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
             pass
     with _open(opening) as runtime:
         session = _session(runtime, talk)
-        reply = session.ask(split_pictures(question), images, **sampling)
+        reply = session.ask(parts, images, **sampling)
         _show(reply, runtime, talk)
 
 
@@ -62,12 +68,30 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
     attached: list[Path] = [_readable(picture) for picture in pictures]
     with _open(opening) as runtime:
         repl = _Repl(runtime, talk, sampling, attached)
-        interactive = sys.stdin.isatty()
-        for line in _edited_lines() if interactive else _plain_lines():
-            if not repl.handle(line):
+        if sys.stdin.isatty():
+            _converse(repl)
+            return
+        for line in sys.stdin.buffer:
+            if not repl.handle(line.decode(errors="replace")):
                 break
-        if repl.n_failed and not interactive:
+        if repl.n_failed:
             raise typer.Exit(1)
+
+
+def _converse(repl: _Repl) -> None:
+    """At a terminal: line editing, history, completion of commands and paths.  No Ctrl-C ends it."""
+    from mmchat.cli.editor import editor
+
+    say("type a question; /help lists the commands")
+    read = editor(HELP)
+    while True:
+        try:
+            if not repl.handle(read()):
+                return
+        except KeyboardInterrupt:
+            say("/quit or Ctrl-D leaves")
+        except EOFError:
+            return
 
 
 class _Repl:
@@ -89,9 +113,13 @@ class _Repl:
                 self._command(*line.split(maxsplit=1))
             elif line:
                 self._ask(line)
+        except BrokenPipeError:
+            raise
         except (MmchatError, OSError, UsageError) as error:
             self.n_failed += 1
-            say(error)
+            say(describe(error))
+        except KeyboardInterrupt:
+            say("interrupted")
         return True
 
     def _ask(self, question: str) -> None:
@@ -117,11 +145,14 @@ class _Repl:
         if name == "/image":
             if not rest:
                 raise UsageError("/image needs the path of a picture")
-            paths = [rest] if Path(rest).expanduser().is_file() else rest.split()
+            paths = [rest] if _is_file(rest) else rest.split()
             self._attached += [_readable(path) for path in paths]
             say(f"{len(self._attached)} picture(s) go with the next question")
+        elif name == "/drop":
+            say(f"{len(self._attached)} picture(s) do not go with the next question after all")
+            self._attached = []
         elif name == "/images":
-            _print_images(self._session.images, self._attached)
+            _print_images(self._session.images, self._attached, self._talk.as_json)
         elif name == "/undo":
             if rest and not rest.isdecimal():
                 raise UsageError(f"/undo takes a number of turns, not {rest!r}")
@@ -130,24 +161,41 @@ class _Repl:
         elif name == "/save":
             if not rest:
                 raise UsageError("/save needs a file name")
-            save_transcript(self._session, Path(rest).expanduser())
+            save_transcript(self._session, Path(os.path.expanduser(rest)))
             say(f"saved {len(self._session.turns)} turn(s) to {rest}")
         elif name == "/stats":
             self._stats = not self._stats
             say(f"times are {'shown' if self._stats else 'not shown'}")
         elif name == "/help":
-            print(HELP)
+            print(HELP, file=sys.stderr if self._talk.as_json else sys.stdout)
         else:
             raise UsageError(f"unknown command {name}; /help lists the commands")
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(os.path.expanduser(text)).is_file()
+    except (OSError, ValueError):  # too long, a null character
+        return False
+
+
 def split_pictures(text: str) -> list[str | Path]:
-    """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed."""
-    if not _IN_TEXT.search(text):
-        return [text]
+    """ "Is {{a.png}} like {{b.png}}?" -> texts and paths, in order, blanks around a picture removed.
+
+    A backslash before {{ makes it text.  Raises UsageError for a name that is no file.
+    """
     pieces = _IN_TEXT.split(text)  # texts at even places, paths at odd ones
-    parts = [Path(piece.strip()).expanduser() if i % 2 else piece.strip() for i, piece in enumerate(pieces)]
-    return [part for part in parts if part != ""]
+    if len(pieces) == 1:
+        return [text.replace("\\{{", "{{")]
+    parts: list[str | Path] = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            parts += [piece.strip().replace("\\{{", "{{")] if piece.strip() else []
+        elif _is_file(piece):
+            parts.append(Path(os.path.expanduser(piece)))
+        else:
+            raise UsageError(f"{{{{{piece}}}}} in the question: no such file (write \\{{{{ for braces that are text)")
+    return parts
 
 
 def _open(opening: Opening) -> Runtime:
@@ -192,38 +240,25 @@ def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
 
 def _readable(picture: str) -> Path:
     """Raises ImageError now, not when the question is asked."""
-    path = Path(picture).expanduser()
+    path = Path(os.path.expanduser(picture))
     with open_image(path) as opened:
         opened.read()
     return path
 
 
-def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path]) -> None:
+def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path], as_json: bool) -> None:
+    if as_json:
+        known = [
+            {"id": i.id, "turn": i.turn, "size": i.size, "slices": i.slices, "rows": i.rows, "name": i.name}
+            for i in images
+        ]
+        print(json.dumps({"images": known, "attached": [printable(path) for path in attached]}), flush=True)
+        return
     for image in images:
         size = f"{image.size[0]}x{image.size[1]}"
         cost = f"{image.slices:>2} slices  {image.rows:>4} rows"
         print(f"{image.id:6} turn {image.turn:<3} {size:>11}  {cost}  {image.name}")
     for path in attached:
-        print(f"{'next':6} {path}")
+        print(f"{'next':6} {printable(path)}")
     if not images and not attached:
         print("no pictures yet: /image PATH")
-
-
-def _plain_lines() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        yield line.decode(errors="replace")
-
-
-def _edited_lines() -> Iterator[str]:
-    """Lines typed at a terminal, with editing, history, and completion of commands and paths."""
-    from mmchat.cli.editor import editor
-
-    say("type a question; /help lists the commands")
-    prompt = editor(HELP)
-    while True:
-        try:
-            yield prompt()
-        except KeyboardInterrupt:
-            say("/quit or Ctrl-D leaves")
-        except EOFError:
-            return

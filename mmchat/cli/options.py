@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmchat.errors import MmchatError
+from mmchat.engine import Sampling
+from mmchat.errors import MmchatError, PromptError
 
 debug = False  # set by --debug
 
@@ -24,6 +25,9 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of an answ
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 always takes the most likely token.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set with this probability.")]
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample from the k most likely tokens; 0 is all.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Divides the score of tokens already generated; 1 is none.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 StoreFolder = Annotated[
@@ -65,28 +69,48 @@ def sampling(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    repetition_penalty: float | None,
     seed: int | None,
     stop: list[str] | None,
 ) -> dict[str, Any]:
-    """The values that were given; the model has defaults for the others."""
+    """The values that were given; the model has defaults for the others.  Raises UsageError for a bad one."""
     given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": stop,
     }
-    return {name: value for name, value in given.items() if value is not None and value != []}
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    try:
+        Sampling.from_dict(given)
+    except PromptError as error:
+        name, rest = str(error).split(" ", 1)
+        raise UsageError(f"--{name.replace('_', '-')} {rest}") from None
+    return given
 
 
 class UsageError(Exception):
     """The command was called wrongly: exit code 2."""
 
 
+def printable(text: object) -> str:
+    """Text that any terminal takes: file names may hold what is no Unicode."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def describe(error: BaseException) -> str:
+    """An error in words; the system's own, which only have numbers, with what they were about."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing the result'}: {error.strerror}"
+    return str(error)
+
+
 def say(error: BaseException | str) -> None:
     """One line on stderr."""
-    sys.stderr.write(f"mmchat: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"mmchat: {' '.join(printable(error).split())}\n")
 
 
 @contextlib.contextmanager
@@ -100,7 +124,7 @@ def errors_as_lines() -> Iterator[None]:
     except (MmchatError, OSError) as error:
         if isinstance(error, BrokenPipeError) or debug:
             raise
-        say(error)
+        say(describe(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         say("interrupted")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.cli.options import UsageError
-from mmchat.errors import PromptError
+from mmchat.errors import ImageError, PromptError
 from mmchat.images import read_image
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer, build, picture_rows
@@ -36,7 +36,10 @@ def slices(
         target = Path(save)
         if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UsageError(f"--save {save}: the name must end in .png, .jpg or .webp")
-        draw_cut(image, plan, query_num).save(target)
+        try:
+            draw_cut(image, plan, query_num).save(target)
+        except OSError as error:
+            raise ImageError(f"{save}: cannot be written ({error.strerror or error})") from None
     if as_json:
         shown: dict[str, Any] = {
             "size": plan.size,
