@@ -10,6 +10,7 @@ MmchatError                     catch this one
 ├── SessionError (ValueError)   a session call that its state does not allow
 ├── EngineBusy                  another answer is still being streamed by the same thread
 └── EngineError                 the engine failed
+    ├── SamplingFixed           it must be loaded again for these sampling values (clients do so)
     └── WorkerError             the process that runs it failed
         ├── WorkerDied          it is gone (crash, kill, out of memory)
         └── WorkerTimeout       it did not answer in time and was killed
@@ -72,6 +73,10 @@ class EngineBusy(MmchatError):
 
 class EngineError(MmchatError):
     """The engine failed; the text carries its own message."""
+
+
+class SamplingFixed(EngineError):
+    """The library sets these sampling values only when the model is loaded; the LLM's client loads it again."""
 
 
 class WorkerError(EngineError):

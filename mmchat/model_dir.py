@@ -1,9 +1,11 @@
 """A model folder -> ModelSpec: what it is, what it lacks, and every number that other modules need.
 
 Opened here: the published checkpoint layout (config.json, preprocessor_config.json, tokenizer.json, *.safetensors with
-vpm.*, resampler.* and llm.*), of which the demo model is a true miniature.
+vpm.*, resampler.* and llm.*), of which the demo model is a true miniature; and a board's folder, which has the same
+JSON files and, instead of the weights, what its mmchat.json names: the *.rkllm model, the embedding table, the encoder.
 
-This module reads JSON and tensor headers only; it loads no weights and knows no engine.
+This module reads JSON and tensor headers only; it loads no weights and knows no engine.  Sizes of a board's files are
+compared with mmchat.json whenever it is opened, digests only when asked for (check_digests): 8 GB take a minute.
 """
 
 from __future__ import annotations
@@ -12,16 +14,30 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmchat.checkpoint import Checkpoint, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
 
 DEMO = "demo"
+BOARD_FILE = "mmchat.json"
+# Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
+MARGIN_ROWS = 32
+_VISION_MODES = ("openvino", "navit", "square")
+_TABLE_HINT = (
+    "python -c \"from mmchat.embed_table import build_table; build_table('CHECKPOINT', '{}')\" makes it "
+    "from the published checkpoint"
+)
+_HINTS = {
+    "llm": "rkllm-toolkit converts it on a PC; copy it here",
+    "embed_table": _TABLE_HINT,
+    "vision": "copy the encoder here",
+}
 # Patches that one encoder input may have on the CPU: every view of pictures up to about 1000:1.
 _CPU_MAX_PATCHES = 2048
 # What the published chat() samples with where the folder does not say.
@@ -75,8 +91,25 @@ class SliceSpec:
 
 
 @dataclass(frozen=True)
+class BoardSpec:
+    """What a board's folder has instead of a checkpoint's weights.
+
+    vision_mode: "openvino" (tensors, for the CPU), "navit" or "square" (*.rknn).  base_domain: RKLLM's base_domain_id.
+    digests: SHA-256 of the files, by name.
+    """
+
+    llm_path: Path
+    table_path: Path
+    vision_path: Path
+    vision_mode: str
+    base_domain: int
+    stop_ids: frozenset[int]
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A folder that was found complete."""
+    """A folder that was found complete.  board: set where its LLM is RKLLM's."""
 
     folder: Path
     name: str
@@ -85,6 +118,12 @@ class ModelSpec:
     slices: SliceSpec
     use_image_id: bool
     sampling: Sampling = field(default_factory=Sampling)
+    board: BoardSpec | None = None
+
+    @property
+    def context_rows(self) -> int:
+        """Rows that a prompt and its answer may take together."""
+        return self.llm.context_rows - (MARGIN_ROWS if self.board else 0)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -93,11 +132,16 @@ class ModelSpec:
     @cached_property
     def embed_table_path(self) -> Path:
         """The file that holds the token embedding rows."""
+        if self.board:
+            return self.board.table_path
         return Checkpoint(self.folder).file("llm.model.embed_tokens.weight").path
 
     @cached_property
     def encoder_digest(self) -> str:
         """SHA-256 over the vision tensors and their dimensions: other weights, other embeddings."""
+        if self.board and self.board.vision_mode != "openvino":
+            text = f"{self.board.vision_mode} {self.board.digests[self.board.vision_path.name]}"
+            return hashlib.sha256(text.encode()).hexdigest()
         checkpoint = Checkpoint(self.folder)
         digest = hashlib.sha256(json.dumps(asdict(self.vision), sort_keys=True).encode())
         for name in sorted(checkpoint):
@@ -123,12 +167,16 @@ def open_model(name: str | Path) -> ModelSpec:
         raise ModelDirError(f'{folder}: no such model folder (give a folder, or "demo" for the built-in model)')
     needed = ("config.json", "preprocessor_config.json", "tokenizer.json")
     missing = [file for file in needed if not (folder / file).is_file()]
+    is_board = (folder / BOARD_FILE).is_file()
+    if missing and is_board:
+        raise ModelDirError(f"{folder}: lacks {', '.join(missing)}: copy them here from the published checkpoint")
     if missing:
         raise ModelDirError(
             f"{folder}: lacks {', '.join(missing)}; a model folder is a checkpoint as published: "
             f"{', '.join(needed)} and *.safetensors"
         )
-    weight_files(folder)
+    if not is_board:
+        weight_files(folder)
     config = _Json(folder / "config.json")
     processor = _Json(folder / "preprocessor_config.json")
     vision = config.inner("vision_config")
@@ -174,7 +222,7 @@ def open_model(name: str | Path) -> ModelSpec:
     ):
         if not good:
             raise ModelDirError(f"{config.path}: {problem}; a MiniCPM-V-2.6 model is needed")
-    return ModelSpec(
+    spec = ModelSpec(
         folder=folder,
         name=DEMO if str(name) == DEMO else folder.name,
         llm=llm,
@@ -183,6 +231,94 @@ def open_model(name: str | Path) -> ModelSpec:
         use_image_id=bool(config.values.get("use_image_id", True)),
         sampling=_sampling(folder / "generation_config.json"),
     )
+    return _with_board(spec, _Json(folder / BOARD_FILE)) if is_board else spec
+
+
+def check_digests(spec: ModelSpec, progress: Callable[[str], None] = lambda name: None) -> None:
+    """Read every file of a board's folder once.  progress: called with each name before it is read.
+
+    Raises ModelDirError: a file is not the one that mmchat.json describes.
+    """
+    for name, wanted in spec.board.digests.items() if spec.board else ():
+        progress(name)
+        with (spec.folder / name).open("rb") as file:
+            found = _sha256(file)
+        if found != wanted:
+            raise ModelDirError(f"{spec.folder / name}: damaged (SHA-256 {found}, not {wanted}); copy it again")
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _with_board(spec: ModelSpec, config: _Json) -> ModelSpec:
+    """The spec, with what mmchat.json says of its files.
+
+    Raises ModelDirError: a file is missing or has another size, or a number is not the checkpoint's.
+    """
+    values, llm, vision = config.values, config.inner("llm"), config.inner("vision")
+    context_rows = config.integer("context_rows")
+    mode, engine = vision.values.get("mode"), llm.values.get("engine")
+    for good, problem in (
+        (values.get("format") == 1, f"format is {values.get('format')!r}; this version reads 1"),
+        (engine == "rkllm", f"llm.engine is {engine!r}; rkllm is known"),
+        (mode in _VISION_MODES, f"vision.mode is {mode!r}; known are {', '.join(_VISION_MODES)}"),
+        (
+            config.integer("hidden_size") == spec.llm.hidden_size,
+            f"hidden_size is {values['hidden_size']}, but {spec.llm.hidden_size} in config.json",
+        ),
+        (
+            MARGIN_ROWS < context_rows <= spec.llm.context_rows,
+            f"context_rows is {context_rows}; it must be above {MARGIN_ROWS} and at most the model's "
+            f"{spec.llm.context_rows}",
+        ),
+    ):
+        if not good:
+            raise ModelDirError(f"{config.path}: {problem}")
+    digests = {}
+    for name, described in config.inner("files").values.items():
+        info = _Json(config.path, described if isinstance(described, dict) else {})
+        digests[name] = str(info.values.get("sha256"))
+        _check_size(spec.folder / name, info.integer("bytes"), config)
+    paths = {part: _board_file(config, part, digests) for part in _HINTS}
+    slices = config.inner("slices")
+    board = BoardSpec(
+        llm_path=paths["llm"],
+        table_path=paths["embed_table"],
+        vision_path=paths["vision"],
+        vision_mode=str(mode),
+        base_domain=int(llm.values.get("base_domain_id", 1)),
+        stop_ids=frozenset(values.get("stop_ids", ())),
+        digests=digests,
+    )
+    return replace(
+        spec,
+        name=str(values.get("name", spec.name)),
+        llm=replace(spec.llm, context_rows=context_rows),
+        slices=replace(spec.slices, max_patches=slices.integer("max_patches", spec.slices.max_patches)),
+        board=board,
+    )
+
+
+def _board_file(config: _Json, part: str, digests: Mapping[str, str]) -> Path:
+    name = config.inner(part).values.get("file")
+    if not isinstance(name, str) or name not in digests:
+        raise ModelDirError(f'{config.path}: {part}.file is {name!r}, which its "files" does not list')
+    return config.path.parent / name
+
+
+def _check_size(path: Path, n_bytes: int, config: _Json) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        parts = [part for part in _HINTS if (config.values.get(part) or {}).get("file") == path.name]
+        hint = f"; {_HINTS[parts[0]].format(path.name)}" if parts else ""
+        raise ModelDirError(f"{config.path.parent}: lacks {path.name}{hint}") from None
+    if found != n_bytes:
+        raise ModelDirError(f"{path}: has {found} bytes, not {n_bytes}; copy it again")
 
 
 def _sampling(path: Path) -> Sampling:
@@ -218,7 +354,8 @@ class _Json:
     def inner(self, name: str) -> _Json:
         value = self.values.get(name)
         if not isinstance(value, dict):
-            raise ModelDirError(f"{self.path}: has no {name!r}; this is not MiniCPM-V-2.6's config")
+            of = "a board's folder" if self.path.name == BOARD_FILE else "MiniCPM-V-2.6's config"
+            raise ModelDirError(f"{self.path}: has no {name!r}; this is not {of}")
         return _Json(self.path, value)
 
     def integer(self, name: str, default: int | None = None) -> int:

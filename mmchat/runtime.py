@@ -8,12 +8,14 @@ from pathlib import Path
 from types import TracebackType
 
 from mmchat.errors import ModelDirError, StoreError
-from mmchat.llm_proc import LlmClient
+from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
+from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
 from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
 from mmchat.vision_proc import VisionClient
+from mmchat.worker import Exclusive
 
 ENGINES = ("auto", "openvino", "rkllm")
 
@@ -21,12 +23,14 @@ ENGINES = ("auto", "openvino", "rkllm")
 class Runtime:
     """A loaded model: one vision worker, one LLM worker, one store; any number of sessions."""
 
-    def __init__(self, spec: ModelSpec, store: Store, *, context_rows: int, n_threads: int | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, store: Store, *, context_rows: int, n_threads: int | None, rkllm: Rkllm | None = None
+    ) -> None:
         self.spec = spec
         self.store = store
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
-        self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads)
-        self.vision = VisionClient(spec, store, n_threads=n_threads)
+        self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
+        self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
 
     @property
     def context_rows(self) -> int:
@@ -85,7 +89,9 @@ def open(
 ) -> Runtime:
     """Open a model; its LLM begins to load at once, its encoder when a picture needs it.
 
-    model: "demo", or a model folder.  engine: "auto" or "openvino" ("rkllm" is not built yet).
+    model: "demo", or a model folder.  engine: "openvino" for a checkpoint, "rkllm" for a board's folder; "auto" is
+        what the folder is for.  RKLLM's library is $MMCHAT_RKLLM_LIB, else librkllmrt.so in the folder, else the one
+        in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
     store: folder for image embeddings; None is $MMCHAT_STORE, else ~/.cache/mmchat/embeddings (under
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
         neither can be written.
@@ -95,17 +101,46 @@ def open(
     """
     if engine not in ENGINES:
         raise ModelDirError(f"engine is {engine!r}; known are {', '.join(ENGINES)}")
-    if engine == "rkllm":
-        raise ModelDirError('this version has no RKLLM engine yet; use engine="openvino"')
     if context_rows is not None and context_rows < 1:
         raise ModelDirError(f"context_rows is {context_rows}; it must be at least 1")
     spec = open_model(model)
-    limit = context_rows or spec.llm.context_rows
-    if limit > spec.llm.context_rows:
-        raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.llm.context_rows}")
-    runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads)
+    if engine == "rkllm" and not spec.board:
+        raise ModelDirError(f'{spec.folder}: has no mmchat.json, so no model for RKLLM; use engine="openvino"')
+    if engine == "openvino" and spec.board:
+        raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
+    limit = context_rows or spec.context_rows
+    if limit > spec.context_rows:
+        raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
+    rkllm = _rkllm(spec) if spec.board else None
+    runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads, rkllm=rkllm)
     runtime.llm.worker.start()
     return runtime
+
+
+def find_library(spec: ModelSpec) -> Path:
+    """RKLLM's library.  Raises ModelDirError where there is none."""
+    named = os.environ.get("MMCHAT_RKLLM_LIB")
+    places = [Path(named).expanduser()] if named else [spec.folder / "librkllmrt.so", Path("/usr/lib/librkllmrt.so")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ModelDirError(
+        f"no RKLLM library: {' and '.join(map(str, places))} {'is' if named else 'are'} not there; copy the board's "
+        "librkllmrt.so into the model's folder, or name it in MMCHAT_RKLLM_LIB"
+    )
+
+
+def _rkllm(spec: ModelSpec) -> Rkllm:
+    assert spec.board is not None
+    library = find_library(spec)
+    shared = spec.board.vision_mode != "openvino"  # both on the NPU, which hangs when they work at the same time
+    return Rkllm(
+        library,
+        Profile.open(spec, library),
+        family=os.environ.get("MMCHAT_RKLLM_FAMILY") or None,
+        npu=Exclusive("the NPU is still busy with another answer in this thread") if shared else None,
+        log_file=state_folder() / "rkllm.log",
+    )
 
 
 def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:

@@ -5,6 +5,7 @@ Pixels go in, embeddings go to the store; only keys and progress come back.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 
 from mmchat.child import Handler
 from mmchat.engine import Encoded
-from mmchat.errors import ImageError, WorkerError
+from mmchat.errors import ImageError, ModelDirError, WorkerError
 from mmchat.model_dir import ModelSpec
 from mmchat.store import Store
-from mmchat.worker import Worker
+from mmchat.worker import Exclusive, Worker
 
 # One slice of the 8B model takes 3 to 5 seconds on an RK3588, and minutes on a slow CPU.
 SILENCE_S = 300.0
@@ -28,8 +29,11 @@ _MAX_REQUEST_BYTES = 16 << 20
 class VisionClient:
     """The encoder in its worker, for the parent."""
 
-    def __init__(self, spec: ModelSpec, store: Store, *, n_threads: int | None = None) -> None:
-        self._store = store
+    def __init__(
+        self, spec: ModelSpec, store: Store, *, n_threads: int | None = None, npu: Exclusive | None = None
+    ) -> None:
+        """npu: held while the encoder works, where it shares an NPU with the LLM."""
+        self._store, self._npu = store, npu
         config = {
             "folder": str(spec.folder),
             "store": str(store.root),
@@ -50,6 +54,15 @@ class VisionClient:
 
         Raises WorkerDied, WorkerTimeout, ImageError, StoreError.
         """
+        with self._npu.held() if self._npu else contextlib.nullcontext():
+            return self._encode(slices, progress, should_stop)
+
+    def _encode(
+        self,
+        slices: Sequence[tuple[str, NDArray[np.uint8]]],
+        progress: Callable[[int, int], None],
+        should_stop: Callable[[], bool],
+    ) -> Encoded:
         todo = list(dict(slices).items())
         total, done, restarts, seconds = len(todo), 0, 0, 0.0
         while todo:
@@ -79,6 +92,10 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     from mmchat.openvino_vision import OpenVinoEncoder
 
     spec = open_model(Path(config["folder"]))
+    if spec.board and spec.board.vision_mode != "openvino":
+        raise ModelDirError(
+            f'{spec.folder}: this version has no encoder for vision.mode "{spec.board.vision_mode}" yet'
+        )
     store = Store(config["store"], config["store_cap_bytes"])
     properties: dict[str, object] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
     if config["n_threads"]:

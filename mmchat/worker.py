@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mmchat import errors
@@ -35,6 +36,7 @@ from mmchat.frames import Channel, FrameError, PeerGone, pack
 
 CANCEL_GRACE_S = 30.0
 _EXIT_GRACE_S = 2.0
+LOG_FILE_BYTES = 1 << 20  # then it is renamed to *.1, over the one before
 _LOG_LINES = 200
 _STEP_S = 0.1
 
@@ -46,14 +48,45 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 """
 
 
+class Exclusive:
+    """A lock that tells the thread that holds it, instead of letting it wait for itself.  busy: what it is told."""
+
+    def __init__(self, busy: str) -> None:
+        self._busy = busy
+        self._lock = threading.Lock()
+        self._owner = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises EngineBusy."""
+        if self._owner == threading.get_ident():
+            raise errors.EngineBusy(f"{self._busy}: finish or close that first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+
+
 class Worker:
     """A child that runs module.serve(config); see mmchat.child for that side.
 
     name: how messages call it.  start_timeout_s: how long loading may take.
+    log_file: where to keep all that the child writes, with the one before; log_tail has the last lines in any case.
     """
 
-    def __init__(self, module: str, config: dict[str, Any], *, name: str, start_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        module: str,
+        config: dict[str, Any],
+        *,
+        name: str,
+        start_timeout_s: float = 600.0,
+        log_file: Path | None = None,
+    ) -> None:
         self.name = name
+        self._log_file = log_file
         self._module, self._config, self._start_timeout_s = module, config, start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -61,8 +94,7 @@ class Worker:
         self._lifeline: int | None = None  # writing end of a pipe: the child dies when it closes
         self._log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._log_reader: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._owner = 0  # the thread that has a request under way
+        self._exclusive = Exclusive(f"the {name} worker is still streaming another answer in this thread").held
         self._last_id = 0
         self._closed = False
 
@@ -108,6 +140,13 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_EXIT_GRACE_S)  # else a request sent at once would reach the dying one
 
+    def reload(self, config: dict[str, Any]) -> None:
+        """End the child; the next one is given this configuration."""
+        with self._exclusive():
+            self.kill()
+            self._reap()
+            self._config = config
+
     def close(self) -> None:
         """End the child for good.  Idempotent; never waits longer than a few seconds."""
         self._closed = True
@@ -116,19 +155,6 @@ class Worker:
         if self._facts is None:
             self.kill()  # still loading: it would not notice that we are gone before it is done
         self._reap()
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if self._owner == threading.get_ident():
-            raise errors.EngineBusy(
-                f"the {self.name} worker is still streaming another answer in this thread: finish or close that first"
-            )
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = 0
 
     def _spawn(self) -> None:
         if self._closed:
@@ -170,6 +196,8 @@ class Worker:
             for line in process.stdout:
                 text = line.decode(errors="replace").rstrip()
                 self._log.append(text)
+                if self._log_file is not None:
+                    _append(self._log_file, text)
                 if os.environ.get("MMCHAT_WORKER_LOG"):
                     print(f"[{self.name}] {text}", file=sys.stderr)
 
@@ -335,6 +363,16 @@ class Call:
         except BaseException:  # a second Ctrl-C: do not wait
             self._worker.kill()
             raise
+
+
+def _append(path: Path, line: str) -> None:
+    """Write a line to a file of bounded size.  A disk that is full, or a folder that cannot be written, loses it."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > LOG_FILE_BYTES:
+            path.replace(path.with_name(f"{path.name}.1"))
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 def _describe_exit(code: int | None) -> str:

@@ -42,4 +42,4 @@ def test_every_error_is_documented_and_public_where_callers_meet_it() -> None:
         assert issubclass(value, MmchatError)
         assert f"{name} " in (errors.__doc__ or "")
         assert value.__doc__
-    assert set(classes) - set(mmchat.__all__) == {"MissingEmbeddings"}
+    assert set(classes) - set(mmchat.__all__) == {"MissingEmbeddings", "SamplingFixed"}

@@ -17,17 +17,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
     ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
-    ("embedding", "doctor_npu"),
+    ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor"),
-    ("openvino_engine", "openvino_vision"),
+    ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
-    ("runtime", "transcript"),
+    ("runtime", "transcript", "calibrate"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision"}
+ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_embed"}
 
 
 def modules() -> dict[str, list[Path]]:

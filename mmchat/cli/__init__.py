@@ -164,6 +164,22 @@ def prompt(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Option("--model", "-m", metavar="DIR", help="A board's model folder.")],
+    again: Annotated[bool, typer.Option("--again", help="Forget what was found before.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find out what this board's RKLLM library does with a model, and write its profile; about 10 minutes.
+
+    Interrupted, it goes on where it was.
+    """
+    from mmchat.cli import calibrating
+
+    with options.errors_as_lines():
+        calibrating.calibrate(model, again, as_json)
+
+
+@app.command()
 def doctor(
     model: Annotated[
         str | None, typer.Argument(metavar="[DIR]", help='A model folder, or "demo", to look at as well.')

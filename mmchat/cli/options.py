@@ -16,7 +16,7 @@ from mmchat.errors import MmchatError, PromptError
 debug = False  # set by --debug
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="DIR", help='A model folder, or "demo".')]
-Engine = Annotated[str, typer.Option(help="auto or openvino.")]
+Engine = Annotated[str, typer.Option(help="auto, openvino or rkllm.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt. [default: the model's]")]
 MaxSlices = Annotated[
     int | None, typer.Option(min=1, help="Cells per picture at most; 1 never cuts. [default: the model's, 9]")

@@ -99,7 +99,7 @@ def prompt(conversation: str, tokenizer: str | None, model: str | None, as_json:
         }
         given.setdefault("max_slice_nums", spec.slices.max_slice_nums)
         given.setdefault("use_image_id", spec.use_image_id)
-        limit = spec.llm.context_rows
+        limit = spec.context_rows
     assert tokenizer is not None
     options = {name: given[name] for name in known - {"messages"} if name in given}
     made = build(given["messages"], tokenizer, **options, **numbers)

@@ -1,0 +1,112 @@
+"""What is known of one RKLLM library with one model: profile.json beside the model.
+
+`mmchat calibrate` fills it, and the LLM's client adds what it meets.  A library or a model that is another has a
+profile of its own, by digests: the library's whole file, and of the model (8 GB) its size, its first and last MiB
+and the SHA-256 that mmchat.json gives for it.  Where the model's folder cannot be written, the file is in
+$XDG_STATE_HOME/mmchat/profiles (~/.local/state/mmchat/profiles).  Whoever wants to forget it all deletes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+from mmchat.checkpoint import write_atomic
+from mmchat.errors import ModelDirError
+from mmchat.model_dir import ModelSpec
+
+_FORMAT = 1
+_PART_BYTES = 1 << 20
+_LOG = logging.getLogger("mmchat")
+
+
+@dataclass
+class Profile:
+    """The findings; the defaults are what nothing needs to be known for.  Change it by update, which writes it.
+
+    strategy, rewinds: see mmchat.rkllm_embed.  end_in_kv: the end token is kept in the KV cache; None: not known.
+    safe_rows: the most rows of one run; None where none crashed.  worked_rows: the longest run that was seen to work.
+    crashed_rows: lengths that crashed.  probes: what `mmchat calibrate` measured, by name, and may go on with.
+    """
+
+    path: Path
+    key: str
+    strategy: str = "resend"
+    rewinds: bool = False
+    end_in_kv: bool | None = None
+    safe_rows: int | None = None
+    worked_rows: int = 0
+    crashed_rows: list[int] = field(default_factory=list)
+    probes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, spec: ModelSpec, library: Path) -> Profile:
+        """What is known; nothing yet where there is no file, or one that cannot be read.
+
+        Raises ModelDirError where the library or the model cannot be read.
+        """
+        assert spec.board is not None
+        key = _key(library, spec.board.llm_path, spec.board.digests)
+        path = spec.folder / "profile.json"
+        if not os.access(path if path.exists() else spec.folder, os.W_OK):
+            path = state_folder() / "profiles" / f"{key}.json"
+        profile = cls(path, key)
+        values = _read(path).get(key, {})
+        for known in fields(cls)[2:]:
+            if known.name in values:
+                setattr(profile, known.name, values[known.name])
+        return profile
+
+    def findings(self) -> dict[str, Any]:
+        """As mmchat.rkllm_embed.Findings takes them."""
+        return {"strategy": self.strategy, "rewinds": self.rewinds, "safe_rows": self.safe_rows}
+
+    def update(self, **values: Any) -> None:
+        """Set fields and write the file; one that cannot be written is told, and the findings last until the end."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        everything = _read(self.path)
+        everything[self.key] = {name: value for name, value in asdict(self).items() if name not in ("path", "key")}
+        text = json.dumps({"format": _FORMAT, "profiles": everything}, indent=2).encode() + b"\n"
+
+        def write(file: IO[bytes]) -> None:
+            file.write(text)
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, write)
+        except OSError as error:
+            _LOG.warning("%s: cannot be written (%s)", self.path, error.strerror or error)
+
+
+def state_folder() -> Path:
+    """Where mmchat keeps what it learns and logs."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mmchat"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Profiles by key; a file that is damaged or foreign counts as none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        profiles = values["profiles"] if values["format"] == _FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {key: value for key, value in profiles.items() if isinstance(value, dict)}
+
+
+def _key(library: Path, model: Path, digests: Any) -> str:
+    try:
+        with model.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_PART_BYTES)
+            file.seek(max(0, size - _PART_BYTES))
+            ends = hashlib.sha256(head + file.read(_PART_BYTES)).hexdigest()
+        whole = hashlib.sha256(library.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelDirError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
+    return hashlib.sha256(f"{whole} {size} {ends} {digests.get(model.name)}".encode()).hexdigest()[:32]
