@@ -201,6 +201,7 @@ def capped(
 TURN = st.tuples(st.integers(1, 260), st.integers(0, 3))
 
 
+@pytest.mark.timeout(3600)  # the deep profile's 5,000 examples
 @given(turns=st.lists(TURN, min_size=1, max_size=4), n_new=st.integers(1, 12), cut=st.integers(0, 3))
 def test_no_conversation_kills_a_calibrated_worker(
     capped: LlmClient, turns: list[tuple[int, int]], n_new: int, cut: int
