@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from mmchat.errors import ModelDirError, PromptError
 _SUFFIX = "embed_tokens.weight"
 _FLOATS = {"F16", "BF16", "F32"}
 
-# 16 rows of 3584 floats fit the second-level cache; from 512 rows a second thread pays for itself.
-_BLOCK_ROWS = 16
+# Rows of 3584 floats that stay near the processor while they are widened.  With several threads blocks are larger, so
+# that they wait less for the interpreter's lock.  Both found with tools/measure_host.py (benchmarks/host.md).
+_BLOCK_ROWS, _PARALLEL_BLOCK_ROWS = 24, 64
 _PARALLEL_FROM_ROWS = 512
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -75,11 +77,10 @@ class EmbedTable:
         if low < 0 or high >= self.n_ids:
             raise PromptError(f"token id {low if low < 0 else high} is not in the table (0 to {self.n_ids - 1})")
         if len(wanted) < _PARALLEL_FROM_ROWS or _THREADS == 1:
-            _gather(self._table, wanted, out)
+            _gather(self._table, wanted, out, _BLOCK_ROWS)
         else:
             parts = zip(np.array_split(wanted, _THREADS), np.array_split(out, _THREADS), strict=True)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(lambda part: _gather(self._table, *part), parts))
+            list(_pool().map(lambda part: _gather(self._table, part[0], part[1], _PARALLEL_BLOCK_ROWS), parts))
         return out
 
 
@@ -88,15 +89,20 @@ def _check_rows(info: TensorInfo, what: str) -> None:
         raise ModelDirError(f"{what} is {info.dtype} {list(info.shape)}; float rows are needed")
 
 
-def _gather(table: NDArray[Any], ids: NDArray[Any], out: NDArray[np.float32]) -> None:
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mmchat-rows")
+
+
+def _gather(table: NDArray[Any], ids: NDArray[Any], out: NDArray[np.float32], block_rows: int) -> None:
     if table.dtype == np.float32:
         np.take(table, ids, axis=0, out=out, mode="clip")  # ids are checked; "raise" would copy once more
         return
     widen = _widen_float16 if table.dtype == np.float16 else _widen_bfloat16
-    block = np.empty((min(_BLOCK_ROWS, len(ids)), table.shape[1]), np.int16)
+    block = np.empty((min(block_rows, len(ids)), table.shape[1]), np.int16)
     raw = table.view(np.int16)
-    for start in range(0, len(ids), _BLOCK_ROWS):
-        part = ids[start : start + _BLOCK_ROWS]
+    for start in range(0, len(ids), block_rows):
+        part = ids[start : start + block_rows]
         half = block[: len(part)]
         np.take(raw, part, axis=0, out=half, mode="clip")
         widen(half, out[start : start + len(part)])

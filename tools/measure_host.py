@@ -2,7 +2,7 @@
 
     python tools/measure_host.py
 
-Ours and the baseline alternate in one run, so that the ratios hold on a busy machine; medians of 7.  Results are
+Ours and the baseline alternate in one run, so that the ratios hold on a busy machine; medians of 15.  Results are
 recorded in benchmarks/host.md.
 """
 
@@ -25,7 +25,7 @@ from mmchat.embed_table import EmbedTable
 from mmchat.images import open_image
 from mmchat.slicing import plan_slices, slice_image
 
-ROUNDS = 7
+ROUNDS = 15
 
 
 def plain_pil(data: bytes) -> list[NDArray[np.uint8]]:
