@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**31 - 1  # what vendors' structs hold
 _TO = f"to {_LARGEST}"
+_LARGEST_SEED = 2**63 - 1  # what a message to a worker holds; no vendor takes a seed
+_SEEDS = f"a whole number from 0 to {_LARGEST_SEED}"
 
 StopReason = Literal["stop", "length", "cancelled"]
 
@@ -78,7 +80,7 @@ class Sampling:
                 _in(self.repetition_penalty, 0.01, 100),
                 "from 0.01 to 100",
             ),
-            ("seed", self.seed, self.seed is None or _is_int(self.seed, 0), f"None or a whole number from 0 {_TO}"),
+            ("seed", self.seed, self.seed is None or _is_int(self.seed, 0, _LARGEST_SEED), f"None or {_SEEDS}"),
             ("stop", self.stop, all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
         ]
         for name, value, good, wanted in checks:
@@ -97,8 +99,8 @@ class Sampling:
         return cls(**values)
 
 
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _LARGEST
+def _is_int(value: Any, low: int, high: int = _LARGEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _in(value: Any, low: float, high: float) -> bool:
