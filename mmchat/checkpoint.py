@@ -88,7 +88,7 @@ def _size(value: Any) -> int:
 
 
 class TensorFile:
-    """One safetensors file, memory-mapped.  Arrays stay valid after close() as long as they are referenced."""
+    """One safetensors file, memory-mapped.  Arrays stay valid for as long as they are referenced."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

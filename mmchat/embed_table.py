@@ -53,6 +53,14 @@ class EmbedTable:
         _check_rows(file.tensors[names[0]], f"{path}: {names[0]}")
         return cls(file.array(names[0]), Path(path))
 
+    def check_belongs(self, hidden_size: int, n_tokens: int) -> None:
+        """Raises ModelDirError where the table is not that of a model so wide, with a tokenizer of so many tokens."""
+        if self.width != hidden_size or self.n_ids < n_tokens:
+            raise ModelDirError(
+                f"{self.path}: rows {self.n_ids} x {self.width}, but the model is {hidden_size} wide "
+                f"and its tokenizer has {n_tokens} tokens"
+            )
+
     def rows(
         self, ids: Sequence[int] | NDArray[np.integer[Any]], out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -24,9 +23,9 @@ from mmchat.decoding import TextStream, choose, ids_of_text
 from mmchat.embed_table import EmbedTable
 from mmchat.embedding import RowKey, assemble, common_prefix, row_keys
 from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
-from mmchat.errors import EngineError, ModelDirError, PromptError
+from mmchat.errors import EngineError, PromptError
 from mmchat.model_dir import LlmSpec
-from mmchat.openvino_graphs import build_llm
+from mmchat.openvino_graphs import build_llm, cpu_properties
 from mmchat.prompt import ChatTokenizer
 
 PREFILL_CHUNK_ROWS = 256
@@ -51,17 +50,11 @@ class OpenVinoEngine:
 
         Raises ModelDirError where checkpoint, table and tokenizer do not belong together.
         """
-        if table.width != spec.hidden_size or table.n_ids < tokenizer.n_ids:
-            raise ModelDirError(
-                f"{table.path}: rows {table.n_ids} x {table.width}, but the model is {spec.hidden_size} wide "
-                f"and its tokenizer has {tokenizer.n_ids} tokens"
-            )
+        table.check_belongs(spec.hidden_size, tokenizer.n_ids)
         self._spec, self._table, self._tokenizer, self._load_image = spec, table, tokenizer, load_image
         self._context_rows = min(context_rows or spec.context_rows, spec.context_rows)
         self._chunk_rows = chunk_rows
-        self._properties: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
-        if n_threads:
-            self._properties["INFERENCE_NUM_THREADS"] = n_threads
+        self._properties = cpu_properties(n_threads)
         self._core = ov.Core()
         self._model = build_llm(checkpoint, spec)
         self._held: list[RowKey] = []  # what the KV cache holds
@@ -123,10 +116,9 @@ class OpenVinoEngine:
             yield Token(token, stream.push(token))
             if len(generated) < sampling.max_new_tokens and not stream.stopped:
                 logits = self._feed(self._table.rows([token]), [token])
-        cut_off = stream.stopped
         rest = stream.finish()
         ids = generated
-        if cut_off:
+        if stream.stopped:
             ids = ids_of_text(generated, stream.text, self._tokenizer.token_bytes, self._tokenizer.encode)
         n_fed = max(0, min(len(self._held), len(rows)) - n_reused)
         yield Done(

@@ -24,6 +24,14 @@ _INT64_MAX = 2**63 - 1
 _MASKED = np.float32(-3.4e38)
 
 
+def cpu_properties(n_threads: int | None) -> dict[str, Any]:
+    """How both models are compiled: the same numbers on every host (the defaults differ), one request at a time."""
+    properties: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
+    if n_threads:
+        properties["INFERENCE_NUM_THREADS"] = n_threads
+    return properties
+
+
 def build_llm(checkpoint: Checkpoint, spec: LlmSpec) -> ov.Model:
     """Qwen2 with a stateful KV cache.
 

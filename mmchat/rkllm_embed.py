@@ -80,11 +80,7 @@ def load_board(
     if not 1 <= context_rows <= spec.context_rows:
         raise ModelDirError(f"a context of {context_rows} rows: {spec.board.llm_path} allows 1 to {spec.context_rows}")
     table, tokenizer = EmbedTable.open(spec.embed_table_path), ChatTokenizer(spec.tokenizer_path)
-    if table.width != spec.llm.hidden_size or table.n_ids < tokenizer.n_ids:
-        raise ModelDirError(
-            f"{table.path}: rows {table.n_ids} x {table.width}, but the model is {spec.llm.hidden_size} wide "
-            f"and its tokenizer has {tokenizer.n_ids} tokens"
-        )
+    table.check_belongs(spec.llm.hidden_size, tokenizer.n_ids)
     if tokenizer.stop_ids != spec.board.stop_ids:
         raise ModelDirError(
             f"{spec.tokenizer_path}: answers end with {sorted(tokenizer.stop_ids)}, but with "
@@ -458,7 +454,7 @@ class _Answer:
         if returned.failed or returned.code != 0:
             raise EngineError(f"rkllm_run failed (code {returned.code}); {_SEE_LOG}")
         if not returned.finished and len(self.ids) == self.n_resumed:
-            raise EngineError("rkllm_run came back with neither an answer nor an error; {_SEE_LOG}")
+            raise EngineError(f"rkllm_run came back with neither an answer nor an error; {_SEE_LOG}")
         self.reason = "stop"
 
     def spelled(self) -> tuple[int, ...]:

@@ -120,7 +120,9 @@ def open(
 def find_library(spec: ModelSpec) -> Path:
     """RKLLM's library.  Raises ModelDirError where there is none."""
     named = os.environ.get("MMCHAT_RKLLM_LIB")
-    places = [Path(named).expanduser()] if named else [spec.folder / "librkllmrt.so", Path("/usr/lib/librkllmrt.so")]
+    places = (
+        [Path(os.path.expanduser(named))] if named else [spec.folder / "librkllmrt.so", Path("/usr/lib/librkllmrt.so")]
+    )
     for place in places:
         if place.is_file():
             return place

@@ -89,6 +89,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     """In the child: load the encoder, answer requests."""
     from mmchat.checkpoint import Checkpoint
     from mmchat.model_dir import open_model
+    from mmchat.openvino_graphs import cpu_properties
     from mmchat.openvino_vision import OpenVinoEncoder
 
     spec = open_model(Path(config["folder"]))
@@ -97,10 +98,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             f'{spec.folder}: this version has no encoder for vision.mode "{spec.board.vision_mode}" yet'
         )
     store = Store(config["store"], config["store_cap_bytes"])
-    properties: dict[str, object] = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
-    if config["n_threads"]:
-        properties["INFERENCE_NUM_THREADS"] = config["n_threads"]
-    encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, properties)
+    encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(config["n_threads"]))
 
     def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         for item in request["slices"]:

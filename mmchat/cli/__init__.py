@@ -41,7 +41,7 @@ def _common(
     options.debug = debug
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 def ask(
     words: Annotated[
         list[str],

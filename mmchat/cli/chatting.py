@@ -101,7 +101,6 @@ class _Repl:
         self._runtime, self._sampling, self._attached = runtime, sampling, attached
         self._talk = talk
         self._session: Session = _session(runtime, talk)
-        self._stats = talk.stats
         self.n_failed = 0
 
     def handle(self, line: str) -> bool:
@@ -133,9 +132,7 @@ class _Repl:
 
         signal.signal(signal.SIGINT, stop)
         try:
-            _show(reply, self._runtime, replace(self._talk, stats=self._stats))
-        except KeyboardInterrupt:
-            say("interrupted")
+            _show(reply, self._runtime, self._talk)
         finally:
             signal.signal(signal.SIGINT, previous)
             if len(self._session.turns) > n_turns:  # else they wait for the next question
@@ -164,8 +161,8 @@ class _Repl:
             save_transcript(self._session, Path(os.path.expanduser(rest)))
             say(f"saved {len(self._session.turns)} turn(s) to {rest}")
         elif name == "/stats":
-            self._stats = not self._stats
-            say(f"times are {'shown' if self._stats else 'not shown'}")
+            self._talk = replace(self._talk, stats=not self._talk.stats)
+            say(f"times are {'shown' if self._talk.stats else 'not shown'}")
         elif name == "/help":
             print(HELP, file=sys.stderr if self._talk.as_json else sys.stdout)
         else:
