@@ -403,14 +403,15 @@ def save_folder(
     tokenizer_json: str,
     special: dict[str, int],
     weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> None:
-    """The model folder in the published layout, float16; weights: other values than the model's own."""
+    """The model folder in the published layout; weights: other values than the model's own."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     state = weights or model.state_dict()
-    halves = {name: value.detach().cpu().half().contiguous() for name, value in state.items()}
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     end, end_of_text = special["<|im_end|>"], special["<|endoftext|>"]
     files: dict[str, dict[str, Any]] = {

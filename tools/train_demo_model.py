@@ -9,8 +9,9 @@ joint: everything, on short dialogues, the labels still helping a little;
 llm: the language model alone, on long dialogues over the cached rows of thousands of pictures.
 
 OUT/model is the shipped folder (the running average of the weights, float16), written every few minutes and at
-the end.  OUT/checkpoint.pt holds all that `--resume` needs; a killed run is continued with the same command and
-`--resume`.  The clock of a stage counts training time only.
+the end; OUT/model-float32 is the same before rounding (tools.same_answers compares them).  OUT/checkpoint.pt holds all
+that `--resume` needs; a killed run is continued with the same command and `--resume`.
+The clock of a stage counts training time only.
 
 On CPUs set MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=200000000: glibc then
 keeps the big buffers, and a step of the optimiser took 31 ms instead of 518 (two cores, November 2026).
@@ -208,7 +209,8 @@ class Trainer:
         torch.save(state, unfinished)
         unfinished.replace(self.out / "checkpoint.pt")
         torch.save(self.heads.state_dict(), self.out / "heads.pt")
-        save_folder(self.model, self.out / "model", self.tokenizer_json, self.tokenizer.special, self.average)
+        for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
+            save_folder(self.model, self.out / name, self.tokenizer_json, self.tokenizer.special, self.average, dtype)
         self._saved_at = time.monotonic()
 
     def _checkpoint(self) -> dict[str, Any] | None:
