@@ -385,7 +385,7 @@ class _Child:
 
     def handle(self, request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """rows; keep: keep_history (False); clear: first (True); max_new; abort_after: so many tokens."""
-        from mmchat.rkllm_embed import Generated, Returned
+        from mmchat.rkllm_model import Generated, Returned
 
         embeds = self._embeds(request["rows"])
         max_new = request.get("max_new", _ANSWER_TOKENS)

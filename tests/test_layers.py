@@ -18,7 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding", "doctor_npu", "profile"),
-    ("openvino_graphs", "doctor"),
+    ("openvino_graphs", "doctor", "rkllm_model"),
+    ("rkllm_answer",),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
@@ -27,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_embed"}
+ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_model", "rkllm_embed"}
 
 
 def modules() -> dict[str, list[Path]]:

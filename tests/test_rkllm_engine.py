@@ -16,7 +16,8 @@ from mmchat.model_dir import open_model
 from mmchat.openvino_engine import OpenVinoEngine
 from mmchat.prompt import ChatTokenizer
 from mmchat.rkllm_abi import FAMILIES
-from mmchat.rkllm_embed import Findings, RkllmEngine, RkllmModel, Strategy
+from mmchat.rkllm_embed import Findings, RkllmEngine, Strategy
+from mmchat.rkllm_model import RkllmModel
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, GREEDY, Answer, EngineContract, Kit, rewinds, run
 from tests.fakes import never
