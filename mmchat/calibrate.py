@@ -431,7 +431,7 @@ class _Child:
             "ended": ended and returned.finished and not returned.aborted,
             "finished": returned.finished,
             "n_rows": len(embeds),
-            "prefilled": returned.prefilled,
+            "prefilled": returned.perf.prefilled if returned.perf else None,
             "kv_rows": self._model.kv_rows(),
             "prefill_s": prefilled - started,
             "generate_s": now - prefilled,

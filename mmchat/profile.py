@@ -30,7 +30,8 @@ class Profile:
     """The findings; the defaults are what nothing needs to be known for.  Change it by update, which writes it.
 
     strategy, rewinds: see mmchat.rkllm_embed.  end_in_kv: the end token is kept in the KV cache; None: not known.
-    safe_rows: the most rows of one run; None where none crashed.  worked_rows: the longest run that was seen to work.
+    safe_rows: the most rows of one run; None where none crashed.  chunks: longer prompts may be fed in several runs.
+    worked_rows: the longest run that was seen to work.
     crashed_rows: lengths that crashed.  probes: what `mmchat calibrate` measured, by name, and may go on with.
     """
 
@@ -40,6 +41,7 @@ class Profile:
     rewinds: bool = False
     end_in_kv: bool | None = None
     safe_rows: int | None = None
+    chunks: bool = False
     worked_rows: int = 0
     crashed_rows: list[int] = field(default_factory=list)
     probes: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +66,9 @@ class Profile:
 
     def findings(self) -> dict[str, Any]:
         """As mmchat.rkllm_embed.Findings takes them."""
-        return {"strategy": self.strategy, "rewinds": self.rewinds, "safe_rows": self.safe_rows}
+        return {
+            "strategy": self.strategy, "rewinds": self.rewinds, "safe_rows": self.safe_rows, "chunks": self.chunks
+        }  # fmt: skip
 
     def update(self, **values: Any) -> None:
         """Set fields and write the file; one that cannot be written is told, and the findings last until the end."""

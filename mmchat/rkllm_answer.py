@@ -60,8 +60,7 @@ class Answer:
         """Why the run ended, where neither a stop token nor we ended it.  Raises EngineError where it failed."""
         if self.reason is not None or (cancelled and returned.aborted):
             return
-        if returned.failed or returned.code != 0:
-            raise EngineError(f"rkllm_run failed (code {returned.code}); {SEE_LOG}")
+        returned.check()
         if not returned.finished and len(self.ids) == self.n_resumed:
             raise EngineError(f"rkllm_run came back with neither an answer nor an error; {SEE_LOG}")
         self.reason = "stop"

@@ -11,6 +11,12 @@ embedding input.  So the engine has three strategies and believes none of them u
 `mmchat calibrate` finds out, on the user's own library and model, which one holds; without its profile it is resend.
 A result that does not match the expected counts falls back to resend at once, for good, and says so.
 
+Some libraries crash on runs above a length (airockchip/rknn-llm #123).  No run is longer than `safe_rows`; what is, is
+refused, except with append and `chunks`: then it is fed in several runs, each of which must leave exactly its rows in
+the cache.  That takes a library that ends a run by itself after one token, which it then does not keep: 1.3.0.  Up to
+1.2.3 a run ends by rkllm_abort, and what the cache holds after that nobody knows; and with prefix the whole
+conversation is one run, however little of it is new.
+
 What RKLLM cannot do: there is no seed, so sampled answers do not repeat; penalties see the tokens of one run alone,
 so not those shown before a crash; up to 1.2.3 sampling is set when the model is loaded (SamplingFixed).
 
@@ -39,9 +45,11 @@ from mmchat.model_dir import MARGIN_ROWS, ModelSpec
 from mmchat.prompt import ChatTokenizer
 from mmchat.rkllm_answer import Answer
 from mmchat.rkllm_detect import Detection, detect
-from mmchat.rkllm_model import Returned, RkllmModel, settings
+from mmchat.rkllm_model import Perf, Returned, RkllmModel, settings
 
 Strategy = Literal["resend", "prefix", "append"]
+
+_CUTS = 3  # attempts to feed a prompt in several runs
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,13 @@ class Findings:
 
     rewinds: with prefix, rows that differ from the cache's are noticed, image rows too.
     safe_rows: the most rows that one run may have; None where no run has crashed.
+    chunks: with append, a prompt may be fed in several runs.
     """
 
     strategy: Strategy = "resend"
     rewinds: bool = False
     safe_rows: int | None = None
+    chunks: bool = False
 
 
 def load_board(
@@ -114,6 +124,8 @@ class RkllmEngine:
         self._model, self._table, self._tokenizer, self._load_image = model, table, tokenizer, load_image
         self._context_rows, self._safe_rows, self._rewinds = context_rows, findings.safe_rows, findings.rewinds
         self.strategy: Strategy = _possible(findings.strategy, model.family)
+        self._chunks = findings.chunks and model.family.run_sampling
+        self._n_misfed = 0  # in a row
         self._held: list[RowKey] | None = None  # what the KV cache holds; None: nobody knows
 
     @property
@@ -143,8 +155,7 @@ class RkllmEngine:
         known = common_prefix(self._held or [], wanted)
         skip = self._skip(wanted, known)
         embeds = assemble([*pieces, Tokens(tuple(resume_ids))], self._table, self._load_image, skip=skip)
-        if self._safe_rows is not None and len(embeds) > self._safe_rows:
-            raise ContextFull(len(embeds), 0, self._safe_rows)
+        ends = self._cut(len(embeds))
 
         returned, prefilled = None, started
         if answer.reason is None and not should_stop():
@@ -152,8 +163,15 @@ class RkllmEngine:
             if not skip and not self._may_keep(known):
                 self._model.clear()
             self._held = None  # until the run has ended well
+            try:
+                yield from self._feed(embeds, ends, skip, sampling, should_stop)
+            except _Misfed as error:
+                self._misfed(error)
+                yield from self.generate(pieces, sampling, should_stop, resume_ids=resume_ids)
+                return
+        if answer.reason is None and not should_stop():
             for message in self._model.run(
-                embeds,
+                embeds[ends[-1] if ends else 0 :],
                 keep_history=self.strategy == "append",
                 sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(resume_ids)),
                 should_stop=lambda: should_stop() or answer.must_abort,
@@ -172,16 +190,13 @@ class RkllmEngine:
             prefilled = time.perf_counter()
             if answer.reason is not None:
                 yield Prefill(len(embeds) if returned else 0, len(embeds) if returned else 0)
+        seconds = (prefilled - started, time.perf_counter() - prefilled)
+        if returned is not None and returned.perf and not ends:
+            seconds = _believable(returned.perf, seconds)
 
-        n_new_rows = len(wanted)  # of wanted, that were computed
-        if returned is None:
-            n_new_rows = 0
-        elif self.strategy != "prefix" or returned.prefilled is None:
-            n_new_rows = len(embeds)
-        else:
-            n_new_rows = min(max(returned.prefilled, 1), len(wanted))  # the last row is computed even in a whole hit
+        n_new_rows = self._n_computed(len(wanted), len(embeds), returned)
         if returned is not None and returned.finished and not returned.aborted and answer.complete:
-            self._held = self._after(wanted, answer, known=known, n_sent=len(embeds), prefilled=returned.prefilled)
+            self._held = self._after(wanted, answer, known=known, perf=returned.perf)
         n_reused = min(len(wanted) - n_new_rows, len(rows))
         cancelled = answer.reason is None
         yield Done(
@@ -192,8 +207,8 @@ class RkllmEngine:
             n_reused=0 if cancelled and returned is None else n_reused,
             n_prefilled=0 if cancelled and returned is None else len(rows) - n_reused,
             n_new=len(answer.ids),
-            prefill_s=prefilled - started,
-            generate_s=time.perf_counter() - prefilled,
+            prefill_s=seconds[0],
+            generate_s=seconds[1],
         )
 
     def _check_sampling(self, sampling: Sampling) -> None:
@@ -215,15 +230,69 @@ class RkllmEngine:
         """Whether the library may look for the prefix by itself: only where nothing in its cache can mislead it."""
         return self.strategy == "prefix" and self._held is not None and (self._rewinds or known == len(self._held))
 
-    def _after(
-        self, wanted: list[RowKey], answer: Answer, *, known: int, n_sent: int, prefilled: int | None
-    ) -> list[RowKey] | None:
+    def _cut(self, n_rows: int) -> list[int]:
+        """Where the runs end, but for the last, that n_rows are fed in.  Raises ContextFull where one must do."""
+        if self._safe_rows is None or n_rows <= self._safe_rows:
+            return []
+        length = self._safe_rows - self._n_misfed
+        if self.strategy != "append" or not self._chunks or length < 1:
+            raise ContextFull(n_rows, 0, self._safe_rows)
+        return list(range(length, n_rows, length))
+
+    def _feed(
+        self,
+        embeds: NDArray[np.float32],
+        ends: Sequence[int],
+        n_held: int,
+        sampling: Sampling,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Prefill]:
+        """Put all rows before the last of `ends` behind n_held rows; the token that each run generates is dropped.
+
+        Raises _Misfed where the cache then holds another number of rows.
+        """
+        start = 0
+        for end in ends:
+            returned = None
+            for message in self._model.run(
+                embeds[start:end],
+                keep_history=True,
+                sampling=replace(sampling, max_new_tokens=1),
+                should_stop=should_stop,
+            ):
+                returned = message
+            assert isinstance(returned, Returned)
+            if returned.aborted:
+                return
+            returned.check()
+            if (kv := self._model.kv_rows()) != n_held + end:
+                raise _Misfed(f"{kv} rows are cached where {n_held + end} were sent")
+            yield Prefill(end, len(embeds))
+            start = end
+        self._n_misfed = 0
+
+    def _misfed(self, error: _Misfed) -> None:
+        """Where the dropped token ends an answer the library may keep it: runs that end elsewhere are tried."""
+        self._n_misfed += 1
+        print(f"mmchat: {error}; once more with shorter runs", file=sys.stderr)
+        if self._n_misfed == _CUTS:
+            self._distrust(str(error))
+
+    def _n_computed(self, n_wanted: int, n_sent: int, returned: Returned | None) -> int:
+        """Of the rows that the cache should hold before the answer, those that were computed now."""
+        if returned is None:
+            return 0
+        if self.strategy != "prefix" or returned.perf is None:
+            return n_sent
+        return min(max(returned.perf.prefilled, 1), n_wanted)  # the last row is computed even in a whole hit
+
+    def _after(self, wanted: list[RowKey], answer: Answer, *, known: int, perf: Perf | None) -> list[RowKey] | None:
         """What the KV cache holds after a run that ended by itself; None where the counts do not add up."""
         if self.strategy == "resend":
             return None
         n_answer = len(answer.ids) - answer.n_resumed
-        if self.strategy == "prefix" and prefilled is not None and prefilled < len(wanted) - known:
-            self._distrust(f"{prefilled} rows were prefilled where {len(wanted) - known} were new")
+        if self.strategy == "prefix" and perf is not None and perf.prefilled < len(wanted) - known:
+            self._distrust(f"{perf.prefilled} rows were prefilled where {len(wanted) - known} were new")
             return None
         kv = self._model.kv_rows()
         n_fed = -1 if kv is None else kv - len(wanted)
@@ -239,6 +308,16 @@ class RkllmEngine:
     def _distrust(self, why: str) -> None:
         print(f"mmchat: this library does not keep to {self.strategy} ({why}); from now on resend", file=sys.stderr)
         self.strategy = "resend"
+
+
+def _believable(perf: Perf, measured: tuple[float, float]) -> tuple[float, float]:
+    """Seconds of prefill and of decoding: the library's own, where they fit into what was measured around them."""
+    told = (perf.prefill_s, perf.generate_s)
+    return told if min(told) >= 0 and 0 < sum(told) <= sum(measured) else measured
+
+
+class _Misfed(Exception):
+    """A part of a prompt did not leave exactly its rows in the cache."""
 
 
 def _possible(strategy: Strategy, family: rkllm_abi.Family) -> Strategy:

@@ -131,7 +131,7 @@ class RkllmModel:
 
         def call() -> None:
             code = self._library.rkllm_run(self._handle, ctypes.byref(input_), ctypes.byref(infer), run.number)
-            run.messages.put(Returned(code, run.finished, run.failed, aborted.is_set(), run.prefilled))
+            run.messages.put(Returned(code, run.finished, run.failed, aborted.is_set(), run.perf))
 
         thread = threading.Thread(target=call, name="rkllm_run")
         thread.start()
@@ -195,14 +195,28 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class Perf:
+    """The library's own counters of a run (1.2.1 and later): rows that it computed, and seconds."""
+
+    prefilled: int
+    prefill_s: float
+    generate_s: float
+
+
+@dataclass(frozen=True)
 class Returned:
-    """rkllm_run came back.  finished, failed: the state callbacks that came; prefilled: perf.prefill_tokens."""
+    """rkllm_run came back.  finished, failed: the state callbacks that came."""
 
     code: int
     finished: bool
     failed: bool
     aborted: bool
-    prefilled: int | None
+    perf: Perf | None
+
+    def check(self) -> None:
+        """Raises EngineError for a run that failed."""
+        if self.failed or self.code != 0:
+            raise EngineError(f"rkllm_run failed (code {self.code}); {SEE_LOG}")
 
 
 Message = Generated | Returned
@@ -218,7 +232,7 @@ class _Run:
         self._has_perf = family.perf
         self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.finished = self.failed = False
-        self.prefilled: int | None = None
+        self.perf: Perf | None = None
         self.number = next(self._numbers)
         self.live[self.number] = self
 
@@ -230,7 +244,10 @@ class _Run:
         if state == rkllm_abi.RKLLM_RUN_FINISH:
             self.finished = True
             if self._has_perf and result:
-                self.prefilled = int(result.contents.perf.prefill_tokens)
+                perf = result.contents.perf
+                self.perf = Perf(
+                    int(perf.prefill_tokens), perf.prefill_time_ms / 1000.0, perf.generate_time_ms / 1000.0
+                )
         elif state == rkllm_abi.RKLLM_RUN_ERROR:
             self.failed = True
         elif result and result.contents.token_id >= 0:

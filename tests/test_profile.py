@@ -14,6 +14,7 @@ from mmchat import worker
 from mmchat.errors import EngineBusy, ModelDirError
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.profile import Profile
+from mmchat.rkllm_embed import Findings
 from mmchat.worker import Exclusive, Worker
 from tests.rkllm_standin.__main__ import LIBRARY, LLM, write_board_folder
 from tests.rkllm_standin.build import library
@@ -32,7 +33,7 @@ def test_findings_last_and_belong_to_one_library_and_model(spec: ModelSpec, tmp_
     Profile.open(spec, other).update(strategy="prefix", rewinds=True)
     again = Profile.open(spec, own)
     assert (again.strategy, again.rewinds, again.safe_rows, again.crashed_rows) == ("append", False, 512, [513])
-    assert Profile.open(spec, other).findings() == {"strategy": "prefix", "rewinds": True, "safe_rows": None}
+    assert Findings(**Profile.open(spec, other).findings()) == Findings("prefix", rewinds=True)
     model = spec.folder / LLM
     data = model.read_bytes()
     model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -47,7 +48,7 @@ def test_a_damaged_file_is_no_profile_and_is_replaced(spec: ModelSpec, text: str
     path = spec.folder / "profile.json"
     path.write_text(text)
     profile = Profile.open(spec, spec.folder / LIBRARY)
-    assert profile.findings() == {"strategy": "resend", "rewinds": False, "safe_rows": None}
+    assert Findings(**profile.findings()) == Findings()
     profile.update(safe_rows=7)
     assert json.loads(path.read_text())["profiles"][profile.key]["safe_rows"] == 7
 

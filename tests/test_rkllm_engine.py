@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 
 from mmchat.checkpoint import Checkpoint
 from mmchat.embed_table import EmbedTable
-from mmchat.engine import Event, Piece, Sampling, Tokens
+from mmchat.engine import Event, Piece, Prefill, Sampling, Token, Tokens
 from mmchat.errors import ContextFull, EngineError, SamplingFixed
 from mmchat.model_dir import open_model
 from mmchat.openvino_engine import OpenVinoEngine
 from mmchat.prompt import ChatTokenizer
 from mmchat.rkllm_abi import FAMILIES
-from mmchat.rkllm_embed import Findings, RkllmEngine, Strategy
-from mmchat.rkllm_model import RkllmModel
+from mmchat.rkllm_embed import Findings, RkllmEngine, Strategy, _believable
+from mmchat.rkllm_model import Perf, RkllmModel
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, GREEDY, Answer, EngineContract, Kit, rewinds, run
 from tests.fakes import never
@@ -38,7 +39,7 @@ class Loaded:
 
     def __init__(self, family: str, store: Store, strategy: Strategy, safe_rows: int | None = None) -> None:
         self._family, self._store = family, store
-        self._findings = Findings(strategy, rewinds=True, safe_rows=safe_rows)
+        self._findings = Findings(strategy, rewinds=True, safe_rows=safe_rows, chunks=True)
         self._model: RkllmModel | None = None
         self.context_rows = CONTEXT_ROWS
         self.load()
@@ -235,6 +236,112 @@ def test_a_run_beyond_the_safe_length_is_refused_before_the_library_sees_it(
         run(engine, [kit.words(65)])
     assert (caught.value.n_prompt, caught.value.limit) == (65, 64)
     run(engine, [kit.words(64)])
+
+
+@pytest.mark.parametrize("end_in_kv", ["", "1"])
+def test_with_append_a_long_prompt_is_fed_in_several_runs(
+    end_in_kv: str,
+    load: Any,
+    store: Store,
+    openvino: OpenVinoEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Answers, counts and the cache are those of one run; no run is longer than what is safe."""
+    kit = Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    first: list[Piece] = [kit.words(90), kit.image(40), kit.words(33, seed=1)]
+    more = kit.words(70, seed=2)
+    whole = run(openvino, first)
+    grown: list[Piece] = [*first, Tokens((*whole.done.ids, TOKENIZER.special["<|im_end|>"])), more]
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "64")
+    monkeypatch.setenv("RKLLM_STANDIN_TRACE", str(tmp_path / "trace"))
+    if end_in_kv:
+        monkeypatch.setenv("RKLLM_STANDIN_EOS_IN_KV", end_in_kv)
+    engine = load("1.3.0", "append", safe_rows=64)
+    found = run(engine, first)
+    assert (found.ids, found.done.n_prefilled) == (whole.ids, 163)
+    assert [prefill.done for prefill in found.prefills] == [0, 64, 128, 163]
+    again = run(engine, grown)
+    assert again.ids == run(openvino, grown).ids
+    assert again.done.n_prefilled == again.done.n_prompt - found.done.n_prompt - found.done.n_new + (
+        whole.done.reason == "length"
+    ) - (bool(end_in_kv) and whole.done.reason == "stop")
+    assert engine.engine.strategy == "append"
+    runs = [
+        call for line in (tmp_path / "trace").read_text().splitlines() if (call := json.loads(line))["call"] == "run"
+    ]
+    assert [one["rows"] for one in runs][:3] == [64, 64, 35]
+    assert "once more" not in capfd.readouterr().err
+
+
+def test_a_part_whose_dropped_token_is_kept_is_fed_again_with_other_cuts(
+    load: Any, store: Store, openvino: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    kit = Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    question, ends_here = next(
+        (words, answer)
+        for words in (kit.words(60, seed=seed) for seed in range(100))
+        if (answer := run(openvino, [words])).done.reason == "stop"
+    )
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    monkeypatch.setenv("RKLLM_STANDIN_EOS_IN_KV", "1")
+    n_rows = ends_here.done.n_prompt + ends_here.done.n_new  # behind them comes the end token
+    engine = load("1.3.0", "append", safe_rows=n_rows)
+    pieces: list[Piece] = [question, Tokens(ends_here.done.ids), kit.words(50, seed=3)]
+    assert run_loosely(engine, pieces) == run(openvino, pieces).ids
+    assert (
+        f"{n_rows + 1} rows are cached where {n_rows} were sent; once more with shorter runs" in capfd.readouterr().err
+    )
+    assert engine.engine.strategy == "append"
+    monkeypatch.setenv("RKLLM_STANDIN_KV_COUNT", "5")
+    with pytest.raises(ContextFull):
+        run(engine, [kit.words(n_rows + 1, seed=4)])
+    assert engine.engine.strategy == "resend"
+
+
+def run_loosely(engine: Any, pieces: Sequence[Piece]) -> list[int]:
+    """The answer's tokens; progress may begin anew."""
+    return [event.id for event in engine.generate(pieces, GREEDY, never) if isinstance(event, Token)]
+
+
+@pytest.mark.parametrize(("family", "strategy", "kv"), [("1.2.1-1.2.3", "append", "append"), ("1.3.0", "prefix", "")])
+def test_without_a_library_that_ends_runs_itself_a_long_prompt_is_refused(
+    family: str, strategy: Strategy, kv: str, load: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kv:
+        monkeypatch.setenv("RKLLM_STANDIN_KV", kv)
+    engine, kit = load(family, strategy, safe_rows=64), Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    with pytest.raises(ContextFull):
+        run(engine, [kit.words(65)])
+    run(engine, [kit.words(64)])
+
+
+def test_an_answer_can_be_cancelled_between_the_runs_of_its_prompt(
+    load: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    engine, kit = load("1.3.0", "append", safe_rows=64), Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    stop: list[bool] = []
+    events: list[Any] = []
+    for event in engine.generate([kit.words(200)], GREEDY, lambda: bool(stop)):
+        events.append(event)
+        if isinstance(event, Prefill) and event.done == 128:
+            stop.append(True)
+    assert [event.done for event in events[:-1]] == [0, 64, 128]
+    assert events[-1].reason == "cancelled"
+    assert run(engine, [kit.words(200)]).done.n_prefilled == 200
+
+
+def test_the_librarys_own_seconds_are_told_where_they_can_be_true(load: Any, store: Store, monkeypatch: Any) -> None:
+    kit = Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    monkeypatch.setenv("RKLLM_STANDIN_PREFILL_MS", "2")
+    done = run(load("1.2.1-1.2.3"), [kit.words(50)]).done
+    assert 0.1 <= done.prefill_s < 1.0
+    assert _believable(Perf(50, 0.5, 1.0), (0.6, 1.1)) == (0.5, 1.0)
+    for told in (Perf(50, 0.0, 0.0), Perf(50, -1.0, 2.0), Perf(50, 9.0, 1.0), Perf(50, float("nan"), 1.0)):
+        assert _believable(told, (0.6, 1.1)) == (0.6, 1.1)
 
 
 def test_sampling_that_only_loading_sets_is_told(load: Any, store: Store) -> None:
