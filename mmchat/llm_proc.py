@@ -3,10 +3,15 @@
 The client keeps the promise that a dead worker costs time, not the answer: it starts another, sends the same request
 with the tokens that were already shown, and goes on; once per request.
 
-With RKLLM two things come on top.  A library that crashes on a run that is longer than any that ever worked (as some
-do, airockchip/rknn-llm #123) would crash again: the length is recorded in the profile and refused from then on.  And
-where the library sets sampling only while loading (up to 1.2.3), other values make the client load it again, in a new
-process: destroying and loading in one process is reported to lose memory.
+With RKLLM two things come on top.  Some libraries crash on runs above a length (airockchip/rknn-llm #123), others
+crash now and then, and one crash does not tell which.  So a run that crashes before its first token is simply sent
+again, as after any crash.  Its length is to blame where all of this holds: no run so long ever worked; a second worker
+crashed on it as well; and a third one did not crash on a run of a single row.  Then none is as long from now on
+(safe_rows in the profile; `mmchat calibrate` finds the true limit), and the request is sent a last time: the engine
+feeds it in parts where it can, and else refuses it.
+
+And where the library sets sampling only while loading (up to 1.2.3), other values make the client load it again, in a
+new process: destroying and loading in one process is reported to lose memory.
 """
 
 from __future__ import annotations
@@ -16,13 +21,13 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmchat.child import Handler
 from mmchat.engine import Done, Engine, Event, ImageRows, Piece, Prefill, Restarted, Sampling, Token, Tokens
-from mmchat.errors import ContextFull, PromptError, SamplingFixed, WorkerDied, WorkerError
+from mmchat.errors import EngineError, PromptError, SamplingFixed, WorkerDied, WorkerError
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.profile import Profile
 from mmchat.store import Store
@@ -86,6 +91,14 @@ class LlmClient:
             }
         self.worker = Worker(__name__, self._config, name="LLM", log_file=rkllm.log_file if rkllm else None)
 
+    @property
+    def prompt_rows(self) -> int:
+        """Rows that a prompt may have where nothing of it is cached: less than the context where long runs crash."""
+        profile = self._rkllm.profile if self._rkllm else None
+        if profile is None or profile.safe_rows is None or profile.chunks:
+            return self.context_rows
+        return min(profile.safe_rows, self.context_rows)
+
     def generate(
         self,
         pieces: Sequence[Piece],
@@ -96,7 +109,7 @@ class LlmClient:
     ) -> Iterator[Event]:
         """See Engine.generate.  Raises WorkerDied or WorkerTimeout where the second worker fails as well.
 
-        Raises ContextFull where RKLLM crashed on a run that is longer than any that worked, and from then on.
+        Raises ContextFull where RKLLM crashes on runs of that length; see above.
         """
         npu = self._rkllm.npu if self._rkllm else None
         with npu.held() if npu else contextlib.nullcontext():
@@ -105,20 +118,21 @@ class LlmClient:
     def _generate(
         self, pieces: Sequence[Piece], sampling: Sampling, should_stop: Callable[[], bool], shown: list[int]
     ) -> Iterator[Event]:
-        attempt, reloaded = 1, False
+        crashes: list[int] = []  # one per worker that died: the rows of a run that no run was ever as long as, or 0
+        reloaded = learned = False
         while True:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
             try:
                 for message in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
                     event = _event_from_wire(message)
-                    if isinstance(event, Prefill) and event.done == 0:
-                        n_rows_run = event.total
-                    elif isinstance(event, Token):
-                        shown.append(event.id)
                     if n_rows_run and not (isinstance(event, Prefill) and event.done == 0):
                         self._worked(n_rows_run)
                         n_rows_run = 0
+                    if isinstance(event, Prefill) and event.done < event.total:
+                        n_rows_run = self._longest(event.total - event.done)
+                    elif isinstance(event, Token):
+                        shown.append(event.id)
                     yield event
                     if isinstance(event, Done):
                         return
@@ -134,32 +148,52 @@ class LlmClient:
                 self._reload(sampling=sampling.to_dict())
                 continue
             except WorkerError as error:
-                self._learn(error, n_rows_run)
-                if attempt == 2:
+                crashes.append(self._suspected(error, n_rows_run))
+                if learned or (len(crashes) > 1 and not crashes[-1]) or len(crashes) > 3:
                     raise
-                attempt, why = 2, str(error)
+                if len(crashes) > 1 and crashes[-1] == crashes[-2]:
+                    if not self._learn(crashes[-1], sampling):
+                        raise
+                    learned = True
+                why = str(error)
             yield Restarted(why)
+
+    def _longest(self, n_rows: int) -> int:
+        """Of the runs that the engine makes of n_rows, the longest."""
+        safe_rows = self._rkllm.profile.safe_rows if self._rkllm else None
+        return n_rows if safe_rows is None else min(n_rows, safe_rows)
 
     def _worked(self, n_rows: int) -> None:
         if self._rkllm and n_rows > self._rkllm.profile.worked_rows:
             self._rkllm.profile.update(worked_rows=n_rows)
 
-    def _learn(self, error: WorkerError, n_rows: int) -> None:
-        """Record a crash that the length of the run explains.  Raises ContextFull for it."""
+    def _suspected(self, error: WorkerError, n_rows: int) -> int:
+        """n_rows, where the length of the run may have made it crash; else 0."""
         if not self._rkllm or not isinstance(error, WorkerDied) or error.exit_code not in _CRASHES:
-            return
+            return 0
+        return n_rows if n_rows > max(self._rkllm.profile.worked_rows, _ALWAYS_SAFE_ROWS) else 0
+
+    def _learn(self, n_rows: int, sampling: Sampling) -> bool:
+        """After a second crash: whether a short run works, so that it was the length.  Then that is recorded."""
+        assert self._rkllm is not None
         profile = self._rkllm.profile
-        if n_rows <= max(profile.worked_rows, _ALWAYS_SAFE_ROWS):
-            return
-        profile.update(safe_rows=n_rows - 1, crashed_rows=[*profile.crashed_rows, n_rows])
+        # Where prompts are fed in parts it costs little to keep to what has worked; else every row counts.
+        safe_rows = max(profile.worked_rows, _ALWAYS_SAFE_ROWS) if profile.chunks else n_rows - 1
+        self._reload(findings={**profile.findings(), "safe_rows": safe_rows})
+        shortest = {"pieces": [[0]], "sampling": replace(sampling, max_new_tokens=1).to_dict(), "resume_ids": []}
+        try:
+            for _ in self.worker.call(shortest, silence_s=SILENCE_S):
+                pass
+        except EngineError:
+            self._reload(findings=profile.findings())
+            return False
+        profile.update(safe_rows=safe_rows, crashed_rows=[*profile.crashed_rows, n_rows])
         _LOG.warning(
-            "the RKLLM library crashed on a run of %d rows, more than ever worked (%d): such runs are refused from now "
-            "on (%s); mmchat calibrate finds the true limit",
-            n_rows, profile.worked_rows, profile.path,
+            "the RKLLM library crashed twice on a run of %d rows, more than ever worked (%d), but not on a short one: "
+            "none is longer than %d from now on (%s); mmchat calibrate finds the true limit",
+            n_rows, profile.worked_rows, safe_rows, profile.path,
         )  # fmt: skip
-        self._reload(findings=profile.findings())
-        self.worker.start()
-        raise ContextFull(n_rows, 0, n_rows - 1) from None
+        return True
 
     def _reload(self, **values: Any) -> None:
         self._config = {**self._config, "rkllm": {**self._config["rkllm"], **values}}

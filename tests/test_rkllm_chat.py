@@ -172,29 +172,102 @@ def test_every_fault_ends_in_a_right_answer_or_one_clear_error(
     assert Profile.open(runtime.spec, runtime.spec.folder / LIBRARY).safe_rows is None
 
 
-def test_a_crash_for_its_length_costs_one_restart_and_is_refused_from_then_on(
-    open_board: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+LONG = "What colour is it, 1 2 3 4 5 6 7 8 9? " * 10
+
+
+def learned(runtime: Runtime) -> tuple[int | None, list[int]]:
+    profile = Profile.open(runtime.spec, runtime.spec.folder / LIBRARY)
+    return profile.safe_rows, profile.crashed_rows
+
+
+def n_inits(count: Path) -> int:
+    return int.from_bytes(count.read_bytes()[:8], "little")
+
+
+def test_a_length_that_crashes_is_tried_once_more_and_refused_from_then_on(
+    open_board: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
+    monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
     runtime = open_board()
     session = runtime.session()
     session.ask("Short.", **GREEDY).text  # noqa: B018
-    long = "What colour is it, 1 2 3 4 5 6 7 8 9? " * 10
+    assert runtime.llm.prompt_rows == runtime.context_rows
     with caplog.at_level(logging.WARNING), pytest.raises(ContextFull) as caught:
-        session.ask(long, **GREEDY).text  # noqa: B018
+        session.ask(LONG, **GREEDY).text  # noqa: B018
     n_rows = caught.value.n_prompt
-    assert caught.value.limit == n_rows - 1
-    assert "refused from now on" in caplog.text
+    assert caught.value.limit == runtime.llm.prompt_rows == n_rows - 1
+    assert f"crashed twice on a run of {n_rows} rows, more than ever worked" in caplog.text
+    assert n_inits(tmp_path / "count") == 3
     assert len(session.turns) == 1
-    profile = Profile.open(runtime.spec, runtime.spec.folder / LIBRARY)
-    assert (profile.safe_rows, profile.crashed_rows) == (n_rows - 1, [n_rows])
-    assert 0 < profile.worked_rows <= 150
-    runtime.llm.worker.ready()
+    assert learned(runtime) == (n_rows - 1, [n_rows])
     pid = runtime.llm.worker.pid
+    assert pid is not None
     with pytest.raises(ContextFull):
-        session.ask(long, **GREEDY).text  # noqa: B018
+        session.ask(LONG, **GREEDY).text  # noqa: B018
     assert session.ask("Short.", **GREEDY).text
     assert runtime.llm.worker.pid == pid  # refused before the library saw it
+
+
+def test_with_append_the_answer_comes_all_the_same(open_board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request that crashed twice is fed in parts, and so are longer ones."""
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    session = open_board(strategy="append", chunks=True).session()
+    wanted = [session.ask(LONG, **GREEDY).text, session.ask(LONG + LONG, **GREEDY).text]
+    monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
+    runtime = open_board(folder=session._spec.folder, worked_rows=0)
+    session = runtime.session()
+    first = session.ask(LONG, **GREEDY)
+    assert [first.text, session.ask(LONG + LONG, **GREEDY).text] == wanted
+    assert first.usage.restarts == 2
+    assert first.usage.n_prefilled == first.usage.n_prompt
+    assert learned(runtime) == (64, [first.usage.n_prompt])
+    assert runtime.llm.prompt_rows == runtime.context_rows
+
+
+@pytest.mark.parametrize(
+    ("crashes", "restarts"), [("2", 1), ("2+", None)], ids=["one crash", "every run crashes from then on"]
+)
+def test_crashes_that_are_not_for_the_length_teach_nothing(
+    crashes: str, restarts: int | None, open_board: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Though they hit a run that is longer than any before."""
+    monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
+    monkeypatch.setenv("RKLLM_STANDIN_CRASH", crashes)
+    runtime = open_board()
+    session = runtime.session()
+    session.ask("Short.", **GREEDY).text  # noqa: B018
+    reply = session.ask(LONG, **GREEDY)
+    if restarts:
+        assert reply.text
+        assert reply.usage.restarts == restarts
+        assert Profile.open(runtime.spec, runtime.spec.folder / LIBRARY).worked_rows == reply.usage.n_prompt
+    else:
+        with pytest.raises(WorkerDied, match="SIGSEGV"):
+            reply.text  # noqa: B018
+        monkeypatch.delenv("RKLLM_STANDIN_CRASH")
+        runtime.llm.worker.kill()  # what runs still has the switch
+        assert session.ask(LONG, **GREEDY).text
+    assert learned(runtime) == (None, [])
+
+
+def test_a_crash_on_few_new_rows_does_not_hide_that_the_whole_crashes(
+    open_board: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With append the worker that follows is sent everything: a length of its own, which is tried twice as well."""
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
+    monkeypatch.setenv("RKLLM_STANDIN_CRASH", "4")
+    monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
+    runtime = open_board(strategy="append")
+    session = runtime.session()
+    for question in ("What colour is it, 1 2 3 4 5 6 7 8 9? " * 3, "And this? " * 6, "And that? " * 6):
+        assert session.ask(question, **GREEDY).text
+    assert session.turns[-1].usage.n_prompt > 150
+    with pytest.raises(ContextFull) as caught:
+        session.ask("Thank you.", **GREEDY).text  # noqa: B018
+    assert learned(runtime) == (caught.value.n_prompt - 1, [caught.value.n_prompt])
+    assert len(session.turns) == 3
 
 
 def test_a_killed_worker_is_replaced_and_teaches_nothing(
