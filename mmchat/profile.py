@@ -32,7 +32,9 @@ class Profile:
     strategy, rewinds: see mmchat.rkllm_embed.  end_in_kv: the end token is kept in the KV cache; None: not known.
     safe_rows: the most rows of one run; None where none crashed.  chunks: longer prompts may be fed in several runs.
     worked_rows: the longest run that was seen to work.
-    crashed_rows: lengths that crashed.  probes: what `mmchat calibrate` measured, by name, and may go on with.
+    crashed_rows: lengths that crashed.
+    prefill_rows_per_s, decode_tokens_per_s, encode_s_per_slice: measured; None where they were not.
+    probes: what `mmchat calibrate` measured, by name, and may go on with.
     """
 
     path: Path
@@ -44,6 +46,9 @@ class Profile:
     chunks: bool = False
     worked_rows: int = 0
     crashed_rows: list[int] = field(default_factory=list)
+    prefill_rows_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    encode_s_per_slice: float | None = None
     probes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -69,6 +74,10 @@ class Profile:
         return {
             "strategy": self.strategy, "rewinds": self.rewinds, "safe_rows": self.safe_rows, "chunks": self.chunks
         }  # fmt: skip
+
+    def keep_probe(self, name: str, result: dict[str, Any]) -> None:
+        """Record what one probe has found so far."""
+        self.update(probes={**self.probes, name: result})
 
     def update(self, **values: Any) -> None:
         """Set fields and write the file; one that cannot be written is told, and the findings last until the end."""

@@ -132,6 +132,11 @@ def find_library(spec: ModelSpec) -> Path:
     )
 
 
+def open_vision(spec: ModelSpec, store: Store) -> VisionClient:
+    """The encoder alone, for who measures it; close its worker."""
+    return VisionClient(spec, store)
+
+
 def _rkllm(spec: ModelSpec) -> Rkllm:
     assert spec.board is not None
     library = find_library(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,23 @@ def reference() -> Path:
             pytest.fail(f"no recorded reference at {folder}, and CI=true demands it")
         pytest.skip(f"no recorded reference at {folder}: set MMCHAT_REFERENCE")
     return folder
+
+
+_TABLES: pytest.StashKey[dict[str, list[dict[str, object]]]] = pytest.StashKey()
+
+
+@pytest.fixture
+def tabulate(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """tabulate(title, column=cell, ...): a row of a table that is printed after the tests."""
+    tables = request.config.stash.setdefault(_TABLES, {})
+    return lambda title, **cells: tables.setdefault(title, []).append(cells)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for title, rows in config.stash.get(_TABLES, {}).items():
+        terminalreporter.section(title)
+        lines = [[name.replace("_", " ") for name in rows[0]], *([str(cell) for cell in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            terminalreporter.write_line(text.rstrip())
