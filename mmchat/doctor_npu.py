@@ -16,7 +16,7 @@ from pathlib import Path
 from mmchat.errors import EngineError
 from mmchat.patient import Finding, Patient, numbers
 from mmchat.rkllm_abi import FAMILY_OF_VERSION
-from mmchat.rkllm_detect import Probe, detect, exported_symbols
+from mmchat.rkllm_detect import Probe, detect, exported_symbols, version_of
 
 _DRIVER_NEEDED, _DRIVER_ADVISED = (0, 9, 6), (0, 9, 8)
 _DRIVER_VERSIONS = ("/sys/kernel/debug/rknpu/version", "/proc/rknpu/version", "/sys/module/rknpu/version")
@@ -177,7 +177,7 @@ def _librkllmrt(patient: Patient) -> Finding:
         return Finding(name, "problem", what, f"copy {file} from {source} to /usr/lib, or name it in MMCHAT_RKLLM_LIB")
     path = patient.path(found[0])
     try:
-        version = _rkllm_version(path)  # first: what is wrong with the file itself
+        version = version_of(path)  # first: what is wrong with the file itself
         if version in FAMILY_OF_VERSION:
             detect(path, probed=_NOT_ASKED)
     except EngineError as error:
@@ -191,14 +191,9 @@ def _librkllmrt(patient: Patient) -> Finding:
         cure = f"use a version from {first} to {last}, of {source}, or upgrade mmchat"
         return Finding(name, "problem", f"{what} is not known here", cure)
     if len(found) > 1:
-        what = f"{what}; also {_others(patient, found, _rkllm_version)}"
+        what = f"{what}; also {_others(patient, found, version_of)}"
         return Finding(name, "advice", what, "keep one of them, or name the right one in MMCHAT_RKLLM_LIB")
     return Finding(name, "ok", what)
-
-
-def _rkllm_version(path: Path) -> str:
-    """As the file tells; "" where it does not.  Raises EngineError: not an RKLLM library for this machine."""
-    return detect(path, family="1.1", probed=_NOT_ASKED).version or ""
 
 
 def _librknnrt(patient: Patient) -> Finding:

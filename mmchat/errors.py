@@ -36,14 +36,17 @@ class PromptError(MmchatError, ValueError):
 class ContextFull(MmchatError, ValueError):
     """The prompt and the room kept for the answer exceed the context.
 
-    n_prompt: rows of the prompt.  max_new_tokens: rows kept for the answer.  limit: rows allowed in all.
+    n_prompt: rows of the prompt.  max_new_tokens: rows kept for the answer; 0 where it is the prompt alone that is too
+    long, for a library that crashes on longer ones.  limit: rows allowed in all.
     """
 
     def __init__(self, n_prompt: int, max_new_tokens: int, limit: int) -> None:
         self.n_prompt, self.max_new_tokens, self.limit = n_prompt, max_new_tokens, limit
+        what = f"and keeps {max_new_tokens} for the answer, but the context holds {limit}"
+        if max_new_tokens == 0:
+            what = f"but the library crashes on more than {limit} at once (or nobody knows: mmchat calibrate finds out)"
         super().__init__(
-            f"the prompt has {n_prompt} rows and keeps {max_new_tokens} for the answer, "
-            f"but the context holds {limit}: shorten the text, use fewer slices, or begin a new session"
+            f"the prompt has {n_prompt} rows {what}: shorten the text, use fewer slices, or begin a new session"
         )
 
 

@@ -62,11 +62,12 @@ class Detection:
 def detect(path: str | Path, *, family: str | None = None, probed: Probe | None = None) -> Detection:
     """Find the family of the library at path.
 
-    family: the user's word (a family or a version), which overrules everything but missing symbols.
+    family: the user's word (a family or a version), which decides where the findings disagree, or know less; not
+    against missing symbols, nor against all of them.
     probed: the result of `probe`; None runs it in a child process.
 
     Raises EngineError: no such file, not a library for this machine, not RKLLM's, it cannot be loaded, the findings
-    disagree, or its version is unknown or cannot be told.
+    disagree (with each other, or all with the user), or its version is unknown or cannot be told.
     """
     path = Path(path)
     named = _named(family)
@@ -88,6 +89,11 @@ def detect(path: str | Path, *, family: str | None = None, probed: Probe | None 
     witnesses = [set(by_symbols), *({name} for name in known), *([set(probed.families)] if probed.families else [])]
     agreed = set.intersection(*witnesses)
     if named:
+        if agreed and not agreed & _alike(named) and len(known) == len(versions):
+            raise EngineError(
+                f"{path}: RKLLM {named} was named (MMCHAT_RKLLM_FAMILY), but all that was found agrees on "
+                f"{_either(agreed)} ({'; '.join(evidence)}); name that one, or none"
+            )
         if not agreed or named not in agreed or len(known) < len(versions):
             evidence.append(f"warning: RKLLM {named} was named, and these findings do not all fit it")
         return Detection(named, version, (*evidence, f"family {named}: named by the user"))
@@ -102,13 +108,22 @@ def detect(path: str | Path, *, family: str | None = None, probed: Probe | None 
         )
     if not agreed:
         raise EngineError(f"{path}: the findings disagree ({findings}); {advice} ({', '.join(FAMILIES)})")
-    if agreed == {"1.2.0", "1.2.1b1"}:
-        # The same for embedding input, but for the size of RKLLMInput: the larger one can be read as either.
-        agreed = {"1.2.1b1"}
+    if agreed == _alike("1.2.0"):
+        agreed = {"1.2.1b1"}  # whose larger RKLLMInput can be read as either
     if len(agreed) > 1:
         raise EngineError(f"{path}: RKLLM {_either(agreed)}, which cannot be told apart ({findings}); {advice}")
     (found,) = agreed
     return Detection(found, version, (*evidence, f"family {found}: all that was found agrees"))
+
+
+def version_of(path: str | Path) -> str:
+    """The version that the file says it is; "" where it tells none, or several.
+
+    Raises EngineError: no such file, or not an RKLLM library for this machine.
+    """
+    symbols, versions = _read(Path(path))
+    _families_of_symbols(Path(path), symbols)
+    return versions[0] if len(versions) == 1 else ""
 
 
 def _named(family: str | None) -> str | None:
@@ -117,6 +132,12 @@ def _named(family: str | None) -> str | None:
     if family in FAMILY_OF_VERSION:
         return FAMILY_OF_VERSION[family]
     raise EngineError(f"RKLLM family {family!r} is not known; known are {', '.join(FAMILIES)}")
+
+
+def _alike(family: str) -> set[str]:
+    """The families that are the same for embedding input, but for the size of RKLLMInput."""
+    alike = {"1.2.0", "1.2.1b1"}
+    return alike if family in alike else {family}
 
 
 def _either(families: Iterable[str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,6 +37,79 @@ def reference() -> Path:
             pytest.fail(f"no recorded reference at {folder}, and CI=true demands it")
         pytest.skip(f"no recorded reference at {folder}: set MMCHAT_REFERENCE")
     return folder
+
+
+@pytest.fixture(scope="session")
+def board_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> its board folder with the stand-in library, written once; not to be changed."""
+    from tests.rkllm_standin.__main__ import write_board_folder
+    from tests.rkllm_standin.build import library
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            library(family)  # skips where there is no compiler
+            made[family] = write_board_folder(tmp_path_factory.mktemp("board"), family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def board(board_folders: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """family ("1.3.0") -> a board folder of the test's own, with links to the large files; the same at every call."""
+
+    def copy(family: str = "1.3.0") -> Path:
+        target = tmp_path / f"board {family}"
+        if not target.exists():
+            target.mkdir()
+            for path in board_folders(family).iterdir():
+                (shutil.copy if path.suffix == ".json" else os.link)(path, target / path.name)
+        return target
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def board_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all boards: what one of them, or OpenVINO, encoded is there for the others: their encoder is the same."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def open_board(board: Callable[[str], Path], board_store: Path) -> Iterator[Callable[..., Any]]:
+    """open_board(family, folder, **profile) -> its Runtime, with this in its profile; no worker is left behind."""
+    import mmchat
+    from mmchat.model_dir import open_model
+    from mmchat.profile import Profile
+    from tests.fakes import eventually, workers
+
+    opened: list[Any] = []
+
+    def open_(family: str = "1.3.0", folder: Path | None = None, **profile: Any) -> Any:
+        folder = folder or board(family)
+        if profile:
+            Profile.open(open_model(folder), folder / "librkllmrt.so").update(**profile)
+        opened.append(mmchat.open(folder, store=board_store, n_threads=1))
+        return opened[-1]
+
+    others = workers()
+    yield open_
+    for runtime in opened:
+        runtime.close()
+    eventually(lambda: workers() <= others)
+
+
+@pytest.fixture(scope="session")
+def openvino_talk(board_store: Path) -> tuple[list[tuple[int, ...]], int]:
+    """The answers of tests.conversation on OpenVINO, and the rows that are new over it."""
+    import mmchat
+    from tests.conversation import talk
+
+    with mmchat.open("demo", store=board_store, n_threads=1) as runtime:
+        answers, _, n_new = talk(runtime)
+    return answers, n_new
 
 
 _TABLES: pytest.StashKey[dict[str, list[dict[str, object]]]] = pytest.StashKey()

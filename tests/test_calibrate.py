@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,36 +32,6 @@ from tests.conversation import GREEDY, talk
 from tests.fakes import never
 from tests.rkllm_standin.__main__ import LIBRARY, write_board_folder
 from tests.rkllm_standin.build import library
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def write(family: str) -> Path:
-        if family not in made:
-            library(family)  # skips where there is no compiler
-            made[family] = write_board_folder(tmp_path_factory.mktemp("board"), family)
-        return made[family]
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture
-def board(written: Callable[[str], Path]) -> Callable[[str], Path]:
-    """family -> its folder, without a profile."""
-
-    def fresh(family: str = "1.3.0") -> Path:
-        folder = written(family)
-        (folder / "profile.json").unlink(missing_ok=True)
-        return folder
-
-    return fresh
 
 
 def run(folder: Path, **options: Any) -> Report:
@@ -124,19 +94,17 @@ RULES: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def wanted(store: Path) -> tuple[list[tuple[int, ...]], int]:
-    """OpenVINO's answers, and the rows that are new over the conversation."""
-    with mmchat.open("demo", store=store, n_threads=1) as runtime:
-        answers, _, n_new = talk(runtime)
-    return answers, n_new
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("short_ladder")
 def test_a_calibrated_chat_is_openvinos_and_prefills_what_its_library_allows(
-    family: str, rule: str, board: Any, wanted: Any, store: Path, monkeypatch: pytest.MonkeyPatch, tabulate: Any
+    family: str,
+    rule: str,
+    board: Any,
+    openvino_talk: Any,
+    board_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tabulate: Any,
 ) -> None:
     """Six turns, four pictures, greedy: token for token the same, in every ABI and with every cache behaviour."""
     switches, strategy = RULES[rule]
@@ -144,7 +112,7 @@ def test_a_calibrated_chat_is_openvinos_and_prefills_what_its_library_allows(
         monkeypatch.setenv(f"RKLLM_STANDIN_{name}", value)
     folder = board(family)
     found = run(folder).profile.strategy
-    with mmchat.open(folder, store=store, n_threads=1) as runtime:
+    with mmchat.open(folder, store=board_store, n_threads=1) as runtime:
         answers, n_prefilled, n_new = talk(runtime)
     tabulate(
         "RKLLM: a conversation of 6 turns and 4 pictures, calibrated",
@@ -154,9 +122,9 @@ def test_a_calibrated_chat_is_openvinos_and_prefills_what_its_library_allows(
         rows_prefilled=n_prefilled,
         new=n_new,
         ratio=f"{n_prefilled / n_new:.2f}",
-        answers="OpenVINO's" if answers == wanted[0] else "WRONG",
+        answers="OpenVINO's" if answers == openvino_talk[0] else "WRONG",
     )
-    assert (answers, n_new) == wanted
+    assert (answers, n_new) == openvino_talk
     assert found == (strategy if FAMILIES[family].kv_cache_size else "resend")
     n_answers = sum(map(len, answers[:-1]))
     if found == "resend":
@@ -193,7 +161,7 @@ def test_a_crash_that_does_not_repeat_is_no_limit(board: Any, monkeypatch: pytes
 
 @pytest.mark.usefixtures("short_ladder")
 def test_where_long_runs_crash_a_cache_that_takes_parts_is_preferred(
-    board: Any, monkeypatch: pytest.MonkeyPatch, store: Path
+    board: Any, monkeypatch: pytest.MonkeyPatch, board_store: Path
 ) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_KV", "append+prefix")
     monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "128")
@@ -202,7 +170,7 @@ def test_where_long_runs_crash_a_cache_that_takes_parts_is_preferred(
     assert report.probes["append"]["chunks"]
     assert (report.profile.strategy, report.profile.chunks) == ("append", True)
     assert 127 <= (report.profile.safe_rows or 0) <= 128
-    with mmchat.open(folder, store=store, n_threads=1) as runtime:
+    with mmchat.open(folder, store=board_store, n_threads=1) as runtime:
         assert runtime.llm.prompt_rows == runtime.context_rows
         reply = runtime.session().ask("What colour is it, 1 2 3 4 5 6 7 8 9? " * 10, **GREEDY)
         assert reply.text
@@ -297,9 +265,7 @@ def test_pictures_are_asked_for_by_number_and_speeds_are_kept(board: Any, sight:
 
 
 @pytest.mark.usefixtures("short_ladder")
-def test_pictures_that_are_mixed_up_end_in_resend(
-    board: Any, sight: Sight, monkeypatch: pytest.MonkeyPatch, store: Path
-) -> None:
+def test_pictures_that_are_mixed_up_end_in_resend(board: Any, sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the other probes have missed it."""
     monkeypatch.setenv("RKLLM_STANDIN_KV", "stale-prefix")
     choose = calibration._chosen

@@ -116,14 +116,28 @@ def test_an_unknown_beta_is_not_taken_for_its_release(tmp_path: Path) -> None:
         detect(path)
 
 
-def test_a_named_family_is_believed_unless_symbols_forbid_it() -> None:
-    path = library("1.2.0")
-    found = detect(path, family="1.1")
-    assert found.family == "1.1"
-    assert any(line.startswith("warning: RKLLM 1.1 was named") for line in found.evidence)
+@pytest.mark.parametrize(
+    ("library_of", "named"),
+    [("1.2.0", "1.1"), ("1.2.1-1.2.3", "1.3.0"), ("1.3.0", "1.2.3"), ("1.3.0", "1.2.0"), ("1.2.1-1.2.3", "1.2.1b1")],
+)
+def test_a_family_that_all_findings_speak_against_is_refused(library_of: str, named: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        detect(library(library_of), family=named)
+    text = str(caught.value)
+    assert f"all that was found agrees on {library_of} (version text: " in text
+    assert text.endswith("name that one, or none")
+
+
+def test_a_family_that_the_symbols_forbid_is_refused() -> None:
     with pytest.raises(EngineError, match=r"cannot be RKLLM 1\.3\.0, for it lacks rkllm_get_kv_cache_size"):
-        detect(path, family="1.3.0")
-    assert not any(line.startswith("warning") for line in detect(path, family="1.2.0").evidence)
+        detect(library("1.2.0"), family="1.3.0")
+
+
+def test_two_families_that_are_alike_may_be_named_for_each_other() -> None:
+    assert not any(line.startswith("warning") for line in detect(library("1.2.0"), family="1.2.0").evidence)
+    found = detect(library("1.2.0"), family="1.2.1b1")
+    assert found.family == "1.2.1b1"
+    assert any(line.startswith("warning: RKLLM 1.2.1b1 was named") for line in found.evidence)
 
 
 def test_a_version_names_its_family() -> None:
