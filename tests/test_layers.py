@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor"),
-    ("openvino_engine", "openvino_vision", "rkllm_embed"),
+    ("openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"),
     ("vision_proc", "llm_proc"),
     ("session",),
     ("runtime", "transcript", "calibrate"),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_embed"}
+ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"}
 
 
 def modules() -> dict[str, list[Path]]:
