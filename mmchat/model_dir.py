@@ -23,6 +23,7 @@ from typing import IO, Any
 from mmchat.checkpoint import Checkpoint, read_header, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
+from mmchat.rknn_file import RknnFile, read_rknn
 
 DEMO = "demo"
 BOARD_FILE = "mmchat.json"
@@ -340,18 +341,35 @@ def _rknn(spec: ModelSpec, vision: _Json, path: Path, digests: Mapping[str, str]
     cores = str(vision.values.get("cores", _DEFAULT_CORES))
     if cores not in _CORES:
         raise ModelDirError(f"{vision.path}: vision.cores is {cores!r}; known are {', '.join(_CORES)}")
-    with path.open("rb") as file:
-        head = file.read(8)
-    if b"RKNN" not in head:  # at 0, at 4 (flatbuffers) or after CYPT (encrypted); Lite2 itself would not look
-        raise ModelDirError(f"{path}: is no RKNN model (it begins with {head!r}); copy the encoder again")
+    file = read_rknn(path)
     if vision.values["mode"] == "square":
-        return RknnSpec(cores, side=vision.integer("side", spec.slices.scale_resolution))
+        side = vision.integer("side", spec.slices.scale_resolution)
+        _check_shapes(path, file, spec, [(1, side, side, 3)])
+        return RknnSpec(cores, side=side)
     table_path = _board_file(vision, "vision", vision.values.get("positions"), digests, key="positions")
     info, shape = read_header(table_path).get(POSITIONS), (spec.vision.position_side**2, spec.vision.hidden_size)
     if info is None or info.shape != shape or info.dtype not in ("F32", "F16", "BF16"):
         found = f"{info.dtype} {info.shape}" if info else "not there"
         raise ModelDirError(f"{table_path}: {POSITIONS} is {found}; floats of {shape} are needed")
-    return RknnSpec(cores, n_patches=vision.integer("patches"), positions_path=table_path)
+    n, tower = vision.integer("patches"), spec.vision
+    widths = 3 * tower.patch_size**2, tower.hidden_size, tower.output_size
+    _check_shapes(path, file, spec, [(1, n, widths[0]), (1, n, widths[1]), (1, 1, n), (1, n, widths[2])])
+    return RknnSpec(cores, n_patches=n, positions_path=table_path)
+
+
+def _check_shapes(path: Path, file: RknnFile, spec: ModelSpec, wanted: list[tuple[int, ...]]) -> None:
+    """Raises ModelDirError where the file tells of other inputs or outputs; Lite2 itself would not look."""
+    inputs, outputs = ([shape for _, shape in side] for side in (file.inputs, file.outputs))
+    pictures = [(one[0], one[3], one[1], one[2]) if len(one) == 4 else one for one in wanted]  # as in ONNX, NCHW
+    output = (spec.vision.query_num, spec.vision.output_size)
+    if inputs and inputs not in (wanted, pictures):
+        raise ModelDirError(f"{path}: takes {_by(inputs)}; by mmchat.json and config.json it would be {_by(wanted)}")
+    if outputs and outputs not in ([output], [(1, *output)]):
+        raise ModelDirError(f"{path}: gives {_by(outputs)}; by config.json it would be {_by([(1, *output)])}")
+
+
+def _by(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def _board_file(config: _Json, part: str, name: object, digests: Mapping[str, str], *, key: str = "file") -> Path:

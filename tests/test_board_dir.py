@@ -116,6 +116,11 @@ def test_another_rknn_encoder_is_another_encoder(navit: Path, square: Path) -> N
         (lambda v: v["vision"].update(positions=RKNN), f"{RKNN}: not a safetensors file"),
         (lambda v: v["vision"].update(file=TABLE), f"{TABLE}: is no RKNN model .it begins with b'.*copy the encoder"),
         (lambda v: v["vision"].update(mode="square", side=0), "'side' is 0"),
+        (
+            lambda v: v["vision"].update(mode="square"),
+            "takes 1x80x588, 1x80x160, 1x1x80, 1x80x192; by mmchat.json .* 1x112x112x3$",
+        ),
+        (lambda v: v["vision"].update(patches=81), "takes 1x80x588, .*; by mmchat.json .* 1x81x588"),
     ],
 )
 def test_what_an_encoder_for_the_npu_lacks(navit: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -130,6 +135,14 @@ def test_a_table_of_positions_of_another_model(navit: Path) -> None:
     write_tensors(path, {POSITIONS: ("F16", (64, 160), [bytes(64 * 160 * 2)])})
     change(navit, lambda values: values["files"][path.name].update(bytes=path.stat().st_size))
     with pytest.raises(ModelDirError, match=r"is F16 \(64, 160\); floats of \(256, 160\) are needed"):
+        open_model(navit)
+
+
+def test_an_encoder_of_another_model(navit: Path) -> None:
+    config = json.loads((navit / "config.json").read_text())
+    (navit / "config.json").write_text(json.dumps({**config, "query_num": 64}))
+    change(navit, lambda values: values["files"]["config.json"].update(bytes=(navit / "config.json").stat().st_size))
+    with pytest.raises(ModelDirError, match=f"{RKNN}: gives 1x16x192; by config.json .* 1x64x192"):
         open_model(navit)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from rknnlite.api.encoder import encode, encode_picture
 from rknnlite.api.knobs import count, is_due, log, on_the_npu, trace, wait
 
-_HEAD = struct.Struct("<8sQQ")  # signature, container version, bytes of data
+_HEAD = struct.Struct("<8sQQ40x")  # signature, container version, bytes of data
 _TYPES = {"int8", "uint8", "int16", "float16", "float32"}
 
 
@@ -35,20 +35,22 @@ class RKNNRuntime:
     def __init__(self, data: bytes) -> None:
         """Raises RuntimeError: not a model, as RKNN's and this stand-in's container has it."""
         signature, version, n_data = _HEAD.unpack_from(data.ljust(_HEAD.size, b"\0"))
-        if signature != b"RKNN\0\0\0\0" or version != 1 or len(data) < _HEAD.size + n_data + 8:
+        if signature != b"RKNN\0\0\0\0" or version != 6 or len(data) < _HEAD.size + n_data + 8:
             raise RuntimeError("RKNN init failed. error code: RKNN_ERR_MODEL_INVALID")
         body = memoryview(data)[_HEAD.size : _HEAD.size + n_data]
         text = data[_HEAD.size + n_data + 8 :]
         if struct.unpack_from("<Q", data, _HEAD.size + n_data)[0] != len(text):
             raise RuntimeError("RKNN init failed. error code: RKNN_ERR_MODEL_INVALID")
-        self.model: dict[str, Any] = json.loads(text)
-        if "mmchat_standin" not in self.model:
+        described = json.loads(text)
+        if "mmchat_standin" not in described:
             raise RuntimeError("RKNN init failed. error code: RKNN_ERR_MODEL_INVALID (not this stand-in's)")
+        self.model: dict[str, Any] = described["mmchat_standin"]
         self.weights = {
             name: np.frombuffer(body, np.float32, int(np.prod(shape)), at).reshape(shape)
             for name, (shape, at) in self.model["tensors"].items()
         }
-        self.shapes = [tuple(shape) for shape in self.model["input_shapes"]]
+        shapes = [tuple(one["size"]) for one in described["norm_tensor"][: described["input_num"]]]
+        self.shapes = [(shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape for shape in shapes]  # NHWC
         self.inputs: list[Any] = []
         self.library = _map_library()
         log("W", "Query dynamic range failed. Ret code: RKNN_ERR_MODEL_INVALID. (If it is a static shape RKNN model, "
