@@ -18,9 +18,9 @@ from math import prod
 from pathlib import Path
 
 from mmchat.checkpoint import Checkpoint
-from mmchat.doctor_npu import examine_npu
+from mmchat.doctor_npu import examine_encoder, examine_npu
 from mmchat.errors import ModelDirError
-from mmchat.model_dir import ModelSpec, model_folder, open_model
+from mmchat.model_dir import BOARD_FILE, ModelSpec, model_folder, open_model
 from mmchat.patient import NPU_SOCS, Finding, Patient, Process, gigabytes, numbers
 from mmchat.store import DEFAULT_CAP_BYTES, default_folders
 
@@ -57,7 +57,7 @@ def examine(
         findings.append(Finding("npu", "ok", "no Rockchip NPU here: the OpenVINO engine is used"))
     findings += [_memory(patient, model), *_store(patient), _open_files(patient)]
     if model is not None:
-        findings.append(_model(model))
+        findings += _model(patient, model)
     return [replace(one, what=_line(one.what) or "nothing told", cure=_line(one.cure)) for one in findings]
 
 
@@ -170,36 +170,39 @@ def _open_files(patient: Patient) -> Finding:
     return Finding(name, "problem" if int(limit) < _FILES_NEEDED else "advice", f"{limit} may be open at once", cure)
 
 
-def _model(model: str | Path) -> Finding:
+def _model(patient: Patient, model: str | Path) -> list[Finding]:
+    """The folder and, where it is a board's and this is one, its encoder."""
     folder = model_folder(model)
     kind, files = _layout(folder)
     cure = {
         "checkpoint": "download the file again that is missing or damaged, and compare its size with the published one",
+        "board": "put that right; the README's section On a board tells what belongs there",
         "": 'give the folder of a published MiniCPM-V-2.6 checkpoint, or "demo"',
-    }.get(kind, "this version opens checkpoints as published: give the folder of one")
+    }.get(kind, "this version opens checkpoints as published, and boards' folders: give one of these")
     for file in files:
         if _is_lfs_pointer(file):
             what = f"{file}: a Git LFS pointer, not the file itself"
-            return Finding("model", "problem", what, "fetch the files themselves: git lfs pull")
+            return [Finding("model", "problem", what, "fetch the files themselves: git lfs pull")]
     try:
         spec = open_model(model)
         if kind == "checkpoint":
             _check_checkpoint(spec)
+        encoder = [examine_encoder(patient, spec)] if spec.board and patient.soc in NPU_SOCS else []
     except ModelDirError as error:
         what = f"{error}; it looks like {_KINDS[kind]}" if kind not in ("", "checkpoint") else str(error)
-        return Finding("model", "problem", what, cure)
+        return [Finding("model", "problem", what, cure)]
     except (OSError, ValueError) as error:
-        return Finding("model", "problem", f"{folder}: cannot be read ({error})", f"look with: ls -l {folder}")
+        return [Finding("model", "problem", f"{folder}: cannot be read ({error})", f"look with: ls -l {folder}")]
     size = sum(map(_size, files))
     what = f"{folder}: {_KINDS[kind] or 'a model'}, complete, {gigabytes(size)} in {len(files)} file(s)"
     shape = f"{spec.llm.n_layers} layers of {spec.llm.hidden_size}, context {spec.llm.context_rows}"
-    return Finding("model", "ok", f"{what}; {shape}")
+    return [Finding("model", "ok", f"{what}; {shape}"), *encoder]
 
 
 def _layout(folder: Path) -> tuple[str, list[Path]]:
     """What a folder looks like, a key of _KINDS, and the files that are loaded from it."""
     for kind, patterns in (
-        ("board", ("*.rkllm", "*.rknn")),
+        ("board", ("*.rkllm", "*.rknn", BOARD_FILE)),
         ("openvino", ("openvino_*.bin",)),
         ("checkpoint", ("*.safetensors",)),
     ):

@@ -6,6 +6,7 @@ Sources: RKLLM 1.3.0's manual (driver 0.9.8, kernels 5.10.209 and 6.1.84), the c
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -14,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmchat.errors import EngineError
+from mmchat.model_dir import ModelSpec
 from mmchat.patient import Finding, Patient, numbers
 from mmchat.rkllm_abi import FAMILY_OF_VERSION
 from mmchat.rkllm_detect import Probe, detect, exported_symbols, version_of
+from mmchat.rknn_file import read_rknn
 
 _DRIVER_NEEDED, _DRIVER_ADVISED = (0, 9, 6), (0, 9, 8)
 _DRIVER_VERSIONS = ("/sys/kernel/debug/rknpu/version", "/proc/rknpu/version", "/sys/module/rknpu/version")
 _DRIVER_FOLDERS = ("/sys/bus/platform/drivers/RKNPU", "/sys/bus/platform/drivers/rknpu")
 _LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib/aarch64-linux-gnu", "/usr/local/lib")
 _LITE2_FROM = (2, 3)
+_RKNN_SOURCE = "rknpu2/runtime/Linux/librknn_api/aarch64 of github.com/airockchip/rknn-toolkit2"
 _NOT_ASKED = Probe((), "not asked")
 
 
@@ -197,8 +201,7 @@ def _librkllmrt(patient: Patient) -> Finding:
 
 
 def _librknnrt(patient: Patient) -> Finding:
-    name, file = "librknnrt", "librknnrt.so"
-    source = "rknpu2/runtime/Linux/librknn_api/aarch64 of github.com/airockchip/rknn-toolkit2"
+    name, file, source = "librknnrt", "librknnrt.so", _RKNN_SOURCE
     found = _libraries(patient, file)
     if not found:
         return Finding(name, "problem", f"no {file} in {_folders()}", f"copy {file} from {source} to /usr/lib")
@@ -217,6 +220,32 @@ def _librknnrt(patient: Patient) -> Finding:
     if numbers(lite2) and numbers(lite2)[:2] != numbers(version)[:2]:
         cure = f"install the same release of both: pip install rknn-toolkit-lite2=={version}, or another {file}"
         return Finding(name, "advice", f"{what}, but rknn-toolkit-lite2 is {lite2}", cure)
+    return Finding(name, "ok", what)
+
+
+def examine_encoder(patient: Patient, spec: ModelSpec) -> Finding:
+    """Whether the model's encoder is for this chip and this librknnrt."""
+    name = "encoder"
+    assert spec.board is not None
+    path, mode = spec.board.vision_path, spec.board.vision_mode
+    if not spec.board.rknn:
+        return Finding(name, "ok", f"{path.name}: {mode}, on the CPU")
+    file = read_rknn(path)
+    what = f"{path.name}: {mode}"
+    if not file.chips:
+        cure = "convert it with rknn-toolkit2, or ask where it is from, for which chip it is"
+        return Finding(name, "unknown", f"{what}: the file does not tell its chip", cure)
+    chips, toolkit = " and ".join(map(str.upper, file.chips)), file.toolkit or "of unknown version"
+    what = f"{what}, for {chips}, by rknn-toolkit2 {toolkit}"
+    if patient.soc.lower() not in file.chips:
+        cure = f"convert it again with target_platform={patient.soc.lower()!r}, or copy the one for this chip"
+        return Finding(name, "problem", f"{what}; this is {patient.soc}", cure)
+    version = ""
+    with contextlib.suppress(EngineError, IndexError):
+        version = _rknn_version(patient.path(_libraries(patient, "librknnrt.so")[0]))
+    if numbers(version) and numbers(file.toolkit)[:2] > numbers(version)[:2]:
+        cure = f"take librknnrt.so {file.toolkit}, from {_RKNN_SOURCE}, or convert with rknn-toolkit2 {version}"
+        return Finding(name, "advice", f"{what}, newer than librknnrt {version}", cure)
     return Finding(name, "ok", what)
 
 

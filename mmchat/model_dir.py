@@ -20,15 +20,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from mmchat.checkpoint import Checkpoint, weight_files
+from mmchat.checkpoint import Checkpoint, read_header, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
+from mmchat.rknn_file import RknnFile, read_rknn
 
 DEMO = "demo"
 BOARD_FILE = "mmchat.json"
 # Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
 MARGIN_ROWS = 32
+POSITIONS = "vpm.embeddings.position_embedding.weight"
 _VISION_MODES = ("openvino", "navit", "square")
+# Of Lite2's NPU_CORE_*.  The encoder has the NPU for itself; three cores took 3.2 s where one took 4.8 (reported).
+_CORES = ("auto", "0", "1", "2", "0_1", "0_1_2", "all")
+_DEFAULT_CORES = "0_1_2"
 _TABLE_HINT = (
     "python -c \"from mmchat.embed_table import build_table; build_table('CHECKPOINT', '{}')\" makes it "
     "from the published checkpoint"
@@ -38,6 +43,7 @@ _HINTS = {
     "embed_table": _TABLE_HINT,
     "vision": "copy the encoder here",
 }
+_POSITIONS_HINT = f"copy the safetensors file here that has {POSITIONS}; the published checkpoint's shard will do"
 # Patches that one encoder input may have on the CPU: every view of pictures up to about 1000:1.
 _CPU_MAX_PATCHES = 2048
 # What the published chat() samples with where the folder does not say.
@@ -91,11 +97,26 @@ class SliceSpec:
 
 
 @dataclass(frozen=True)
+class RknnSpec:
+    """An encoder for the NPU (mmchat.rknn_vision says what it takes and gives).
+
+    cores: which of the NPU's, as Lite2 names them (NPU_CORE_...).
+    n_patches, positions_path: of a navit encoder, the patches of its inputs, and the safetensors file with the table
+    of learned positions.  side: of a square encoder's picture, in pixels.
+    """
+
+    cores: str
+    n_patches: int = 0
+    positions_path: Path | None = None
+    side: int = 0
+
+
+@dataclass(frozen=True)
 class BoardSpec:
     """What a board's folder has instead of a checkpoint's weights.
 
-    vision_mode: "openvino" (tensors, for the CPU), "navit" or "square" (*.rknn).  base_domain: RKLLM's base_domain_id.
-    digests: SHA-256 of the files, by name.
+    vision_mode: "openvino" (tensors, for the CPU), "navit" or "square" (*.rknn, with what rknn says).
+    base_domain: RKLLM's base_domain_id.  digests: SHA-256 of the files, by name.
     """
 
     llm_path: Path
@@ -105,6 +126,7 @@ class BoardSpec:
     base_domain: int
     stop_ids: frozenset[int]
     digests: Mapping[str, str]
+    rknn: RknnSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +161,9 @@ class ModelSpec:
     @cached_property
     def encoder_digest(self) -> str:
         """SHA-256 over the vision tensors and their dimensions: other weights, other embeddings."""
-        if self.board and self.board.vision_mode != "openvino":
-            text = f"{self.board.vision_mode} {self.board.digests[self.board.vision_path.name]}"
+        if self.board and self.board.rknn:
+            files = [path for path in (self.board.vision_path, self.board.rknn.positions_path) if path]
+            text = " ".join([self.board.vision_mode, *(self.board.digests[path.name] for path in files)])
             return hashlib.sha256(text.encode()).hexdigest()
         checkpoint = Checkpoint(self.folder)
         digest = hashlib.sha256(json.dumps(asdict(self.vision), sort_keys=True).encode())
@@ -283,8 +306,14 @@ def _with_board(spec: ModelSpec, config: _Json) -> ModelSpec:
         info = _Json(config.path, described if isinstance(described, dict) else {})
         digests[name] = str(info.values.get("sha256"))
         _check_size(spec.folder / name, info.integer("bytes"), config)
-    paths = {part: _board_file(config, part, digests) for part in _HINTS}
+    paths = {part: _board_file(config, part, config.inner(part).values.get("file"), digests) for part in _HINTS}
     slices = config.inner("slices")
+    rknn = _rknn(spec, vision, paths["vision"], digests) if mode != "openvino" else None
+    max_patches = slices.integer("max_patches", (rknn and rknn.n_patches) or spec.slices.max_patches)
+    if rknn and rknn.n_patches and max_patches > rknn.n_patches:
+        raise ModelDirError(
+            f"{config.path}: slices.max_patches is {max_patches}, but vision.patches, the encoder's, {rknn.n_patches}"
+        )
     board = BoardSpec(
         llm_path=paths["llm"],
         table_path=paths["embed_table"],
@@ -293,20 +322,59 @@ def _with_board(spec: ModelSpec, config: _Json) -> ModelSpec:
         base_domain=int(llm.values.get("base_domain_id", 1)),
         stop_ids=frozenset(values.get("stop_ids", ())),
         digests=digests,
+        rknn=rknn,
     )
     return replace(
         spec,
         name=str(values.get("name", spec.name)),
         llm=replace(spec.llm, context_rows=context_rows),
-        slices=replace(spec.slices, max_patches=slices.integer("max_patches", spec.slices.max_patches)),
+        slices=replace(spec.slices, max_patches=max_patches),
         board=board,
     )
 
 
-def _board_file(config: _Json, part: str, digests: Mapping[str, str]) -> Path:
-    name = config.inner(part).values.get("file")
+def _rknn(spec: ModelSpec, vision: _Json, path: Path, digests: Mapping[str, str]) -> RknnSpec:
+    """What mmchat.json says of an encoder for the NPU.
+
+    Raises ModelDirError: a value is missing or impossible, or a file is not what it should be.
+    """
+    cores = str(vision.values.get("cores", _DEFAULT_CORES))
+    if cores not in _CORES:
+        raise ModelDirError(f"{vision.path}: vision.cores is {cores!r}; known are {', '.join(_CORES)}")
+    file = read_rknn(path)
+    if vision.values["mode"] == "square":
+        side = vision.integer("side", spec.slices.scale_resolution)
+        _check_shapes(path, file, spec, [(1, side, side, 3)])
+        return RknnSpec(cores, side=side)
+    table_path = _board_file(vision, "vision", vision.values.get("positions"), digests, key="positions")
+    info, shape = read_header(table_path).get(POSITIONS), (spec.vision.position_side**2, spec.vision.hidden_size)
+    if info is None or info.shape != shape or info.dtype not in ("F32", "F16", "BF16"):
+        found = f"{info.dtype} {info.shape}" if info else "not there"
+        raise ModelDirError(f"{table_path}: {POSITIONS} is {found}; floats of {shape} are needed")
+    n, tower = vision.integer("patches"), spec.vision
+    widths = 3 * tower.patch_size**2, tower.hidden_size, tower.output_size
+    _check_shapes(path, file, spec, [(1, n, widths[0]), (1, n, widths[1]), (1, 1, n), (1, n, widths[2])])
+    return RknnSpec(cores, n_patches=n, positions_path=table_path)
+
+
+def _check_shapes(path: Path, file: RknnFile, spec: ModelSpec, wanted: list[tuple[int, ...]]) -> None:
+    """Raises ModelDirError where the file tells of other inputs or outputs; Lite2 itself would not look."""
+    inputs, outputs = ([shape for _, shape in side] for side in (file.inputs, file.outputs))
+    pictures = [(one[0], one[3], one[1], one[2]) if len(one) == 4 else one for one in wanted]  # as in ONNX, NCHW
+    output = (spec.vision.query_num, spec.vision.output_size)
+    if inputs and inputs not in (wanted, pictures):
+        raise ModelDirError(f"{path}: takes {_by(inputs)}; by mmchat.json and config.json it would be {_by(wanted)}")
+    if outputs and outputs not in ([output], [(1, *output)]):
+        raise ModelDirError(f"{path}: gives {_by(outputs)}; by config.json it would be {_by([(1, *output)])}")
+
+
+def _by(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _board_file(config: _Json, part: str, name: object, digests: Mapping[str, str], *, key: str = "file") -> Path:
     if not isinstance(name, str) or name not in digests:
-        raise ModelDirError(f'{config.path}: {part}.file is {name!r}, which its "files" does not list')
+        raise ModelDirError(f'{config.path}: {part}.{key} is {name!r}, which its "files" does not list')
     return config.path.parent / name
 
 
@@ -314,8 +382,10 @@ def _check_size(path: Path, n_bytes: int, config: _Json) -> None:
     try:
         found = path.stat().st_size
     except OSError:
-        parts = [part for part in _HINTS if (config.values.get(part) or {}).get("file") == path.name]
+        parts = [part for part in _HINTS if config.inner(part).values.get("file") == path.name]
         hint = f"; {_HINTS[parts[0]].format(path.name)}" if parts else ""
+        if config.inner("vision").values.get("positions") == path.name:
+            hint = f"; {_POSITIONS_HINT}"
         raise ModelDirError(f"{config.path.parent}: lacks {path.name}{hint}") from None
     if found != n_bytes:
         raise ModelDirError(f"{path}: has {found} bytes, not {n_bytes}; copy it again")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mmchat import vision_inputs
 from mmchat.checkpoint import Checkpoint
-from mmchat.model_dir import VisionSpec
+from mmchat.model_dir import POSITIONS, VisionSpec
 from mmchat.openvino_graphs import build_vision
 
 
@@ -17,7 +17,7 @@ class OpenVinoEncoder:
 
     def __init__(self, checkpoint: Checkpoint, spec: VisionSpec, properties: dict[str, object]) -> None:
         self._spec = spec
-        self._positions = checkpoint.float32("vpm.embeddings.position_embedding.weight")
+        self._positions = checkpoint.float32(POSITIONS)
         model = build_vision(checkpoint, spec)
         self._request = ov.Core().compile_model(model, "CPU", properties).create_infer_request()
 
@@ -35,16 +35,13 @@ class OpenVinoEncoder:
         self, patches: NDArray[np.float32], rows: int, columns: int, *, pad_to: int | None = None
     ) -> NDArray[np.float32]:
         """The same from normalised patches (rows * columns, 3 * patch²)."""
-        n = rows * columns
-        ids = vision_inputs.position_ids(rows, columns, self._spec.position_side)
-        key_mask = np.zeros(max(n, pad_to or 0), np.float32)
-        key_mask[n:] = vision_inputs.MASKED
-        filler = len(key_mask) - n
-        inputs = {
-            "patches": patches,
-            "position_rows": self._positions[ids],
-            "key_positions": vision_inputs.sincos_positions(rows, columns, self._spec.output_size),
-        }
-        padded = {name: np.pad(array, ((0, filler), (0, 0)))[None] for name, array in inputs.items()}
-        result = self._request.infer({**padded, "key_mask": key_mask[None, None, None]})
+        inputs = vision_inputs.host_inputs(
+            patches,
+            rows,
+            columns,
+            positions=self._positions,
+            output_size=self._spec.output_size,
+            n=max(rows * columns, pad_to or 0),
+        )
+        result = self._request.infer({**inputs, "key_mask": inputs["key_mask"][None]})
         return np.array(result["embeddings"][0], np.float32)

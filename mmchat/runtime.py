@@ -30,7 +30,7 @@ class Runtime:
         self.store = store
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
-        self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self.vision = open_vision(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
 
     @property
     def context_rows(self) -> int:
@@ -132,15 +132,18 @@ def find_library(spec: ModelSpec) -> Path:
     )
 
 
-def open_vision(spec: ModelSpec, store: Store) -> VisionClient:
-    """The encoder alone, for who measures it; close its worker."""
-    return VisionClient(spec, store)
+def open_vision(
+    spec: ModelSpec, store: Store, *, n_threads: int | None = None, npu: Exclusive | None = None
+) -> VisionClient:
+    """The encoder, which loads when it is needed; close its worker."""
+    log_file = state_folder() / "rknn.log" if spec.board and spec.board.rknn else None
+    return VisionClient(spec, store, n_threads=n_threads, npu=npu, log_file=log_file)
 
 
 def _rkllm(spec: ModelSpec) -> Rkllm:
     assert spec.board is not None
     library = find_library(spec)
-    shared = spec.board.vision_mode != "openvino"  # both on the NPU, which hangs when they work at the same time
+    shared = spec.board.rknn is not None  # both on the NPU, which hangs when they work at the same time
     return Rkllm(
         library,
         Profile.open(spec, library),

@@ -16,6 +16,7 @@ Vision.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ from mmchat.store import Store, slice_key
 
 if TYPE_CHECKING:
     from mmchat.images import ImageSource
+
+_LOG = logging.getLogger("mmchat")
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,9 @@ class Session:
                 pass
             file = Path(source).read_bytes()
         plan, slices = self._cut(source if file is None else file, path)
+        if plan.shrunk:
+            limit = self._spec.slices.max_patches
+            _LOG.warning("%s: too long for the encoder's %d patches, so views are shrunk", name or "a picture", limit)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
         # Should the store lose them, the slices are made again: from the file as it is now, where there is one; else
         # they are kept themselves, for the image or array may be drawn on later.

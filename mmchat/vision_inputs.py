@@ -4,7 +4,7 @@ The tower is SigLIP in NaViT style: any patch grid, positions looked up in a sid
 these four on the host leaves a graph of matmuls, norms and attention that every engine can compile (DESIGN 6).
 
 Source: the published processor, vision tower and resampler; tests compare with vectors made by running them.
-This module knows no engine and no weights.
+This module knows no engine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,38 @@ MASKED = -1e4
 
 # fl32(fl32(fl32(v / 255) - 0.5) / 0.5): the processor's own three roundings, not 2v/255 - 1.
 _NORMALISED = ((np.arange(256, dtype=np.float32) / np.float32(255)) - np.float32(0.5)) / np.float32(0.5)
+
+
+def host_inputs(
+    patches: NDArray[np.float32],
+    rows: int,
+    columns: int,
+    *,
+    positions: NDArray[np.float32],
+    output_size: int,
+    n: int,
+) -> dict[str, NDArray[np.float32]]:
+    """The encoder's four inputs, in its order, each float32 and padded to n patches (n >= rows * columns).
+
+    patches: (rows * columns, 3 * patch²), normalised.  positions: the tower's table, (side², hidden).
+
+    Gives patches (1, n, 3 * patch²), position_rows (1, n, hidden), key_mask (1, 1, n), key_positions
+    (1, n, output_size).  None has four dimensions, so that no engine can take one for a picture in another layout.
+    """
+    used = rows * columns
+    key_mask = np.zeros((1, 1, n), np.float32)
+    key_mask[..., used:] = MASKED
+    side = round(len(positions) ** 0.5)
+
+    def padded(array: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.pad(array, ((0, n - used), (0, 0)))[None]
+
+    return {
+        "patches": padded(patches),
+        "position_rows": padded(positions[position_ids(rows, columns, side)]),
+        "key_mask": key_mask,
+        "key_positions": padded(sincos_positions(rows, columns, output_size)),
+    }
 
 
 def patches(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """The vision worker: the child's side (serve) and the parent's (VisionClient).
 
-Pixels go in, embeddings go to the store; only keys and progress come back.
+Pixels go in, embeddings go to the store; only keys and progress come back.  An encoder that fails, by whatever error,
+is given up with its process; a new one goes on where it was, once per request.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmchat.child import Handler
 from mmchat.engine import Encoded
-from mmchat.errors import ImageError, ModelDirError, WorkerError
-from mmchat.model_dir import ModelSpec
+from mmchat.errors import EngineError, ImageError
+from mmchat.model_dir import ModelSpec, open_model
 from mmchat.store import Store
 from mmchat.worker import Exclusive, Worker
 
-# One slice of the 8B model takes 3 to 5 seconds on an RK3588, and minutes on a slow CPU.
+# One slice of the 8B model takes minutes on a slow CPU, and 3 to 5 seconds on an RK3588 (reported).
 SILENCE_S = 300.0
+NPU_SILENCE_S = 60.0
 _MAX_REQUEST_BYTES = 16 << 20
 
 
@@ -30,17 +32,25 @@ class VisionClient:
     """The encoder in its worker, for the parent."""
 
     def __init__(
-        self, spec: ModelSpec, store: Store, *, n_threads: int | None = None, npu: Exclusive | None = None
+        self,
+        spec: ModelSpec,
+        store: Store,
+        *,
+        n_threads: int | None = None,
+        npu: Exclusive | None = None,
+        log_file: Path | None = None,
     ) -> None:
-        """npu: held while the encoder works, where it shares an NPU with the LLM."""
-        self._store, self._npu = store, npu
+        """npu: held while the encoder works, where it shares an NPU with the LLM.  log_file: for what it writes."""
+        self._npu = npu
+        self._silence_s = NPU_SILENCE_S if spec.board and spec.board.rknn else SILENCE_S
         config = {
             "folder": str(spec.folder),
             "store": str(store.root),
             "store_cap_bytes": store.cap_bytes,
             "n_threads": n_threads,
+            "log": str(log_file or "the worker's log"),
         }
-        self.worker = Worker(__name__, config, name="vision")
+        self.worker = Worker(__name__, config, name="vision", log_file=log_file)
 
     def encode(
         self,
@@ -50,9 +60,9 @@ class VisionClient:
     ) -> Encoded:
         """Put the embedding of every (key, pixels) into the store; those that are there are left alone.
 
-        progress: called with (slices done, slices in all).  The worker may die once and is then replaced.
+        progress: called with (slices done, slices in all).  The encoder may fail once and is then replaced.
 
-        Raises WorkerDied, WorkerTimeout, ImageError, StoreError.
+        Raises EngineError (WorkerDied, WorkerTimeout), ModelDirError, ImageError, StoreError.
         """
         with self._npu.held() if self._npu else contextlib.nullcontext():
             return self._encode(slices, progress, should_stop)
@@ -70,11 +80,12 @@ class VisionClient:
             request = {"slices": [_slice_to_wire(key, pixels) for key, pixels in batch]}
             n_done = 0
             try:
-                for event in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
+                for event in self.worker.call(request, silence_s=self._silence_s, should_stop=should_stop):
                     n_done += 1
                     seconds += event["seconds"]
                     progress(done + n_done, total)
-            except WorkerError:
+            except EngineError:
+                self.worker.kill()  # where it is alive after an error, nobody knows in what state
                 restarts += 1
                 if restarts > 1:
                     raise
@@ -85,20 +96,18 @@ class VisionClient:
         return Encoded(done, seconds, restarts)
 
 
+class Encoder(Protocol):
+    """What the worker drives, on whatever engine."""
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(height, width, 3) uint8, sides multiples of the patch size -> (query_num, output_size) float32."""
+
+
 def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     """In the child: load the encoder, answer requests."""
-    from mmchat.checkpoint import Checkpoint
-    from mmchat.model_dir import open_model
-    from mmchat.openvino_graphs import cpu_properties
-    from mmchat.openvino_vision import OpenVinoEncoder
-
     spec = open_model(Path(config["folder"]))
-    if spec.board and spec.board.vision_mode != "openvino":
-        raise ModelDirError(
-            f'{spec.folder}: this version has no encoder for vision.mode "{spec.board.vision_mode}" yet'
-        )
     store = Store(config["store"], config["store_cap_bytes"])
-    encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(config["n_threads"]))
+    encoder = _encoder(spec, config)
 
     def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         for item in request["slices"]:
@@ -111,6 +120,18 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             yield {"key": item["key"], "seconds": time.perf_counter() - started}
 
     return {}, handle
+
+
+def _encoder(spec: ModelSpec, config: dict[str, Any]) -> Encoder:
+    if spec.board and spec.board.rknn:
+        from mmchat.rknn_vision import RknnEncoder
+
+        return RknnEncoder(spec.board, spec.vision, log=config["log"])
+    from mmchat.checkpoint import Checkpoint
+    from mmchat.openvino_graphs import cpu_properties
+    from mmchat.openvino_vision import OpenVinoEncoder
+
+    return OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(config["n_threads"]))
 
 
 def _batch(slices: list[tuple[str, NDArray[np.uint8]]]) -> list[tuple[str, NDArray[np.uint8]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -23,6 +24,8 @@ from mmchat.checkpoint import Checkpoint, write_tensors
 from mmchat.doctor import examine
 from mmchat.patient import Finding, Process
 from mmchat.rkllm_abi import FAMILIES, FAMILY_OF_VERSION
+from tests.rkllm_standin.__main__ import VISION_MODES, write_board_folder
+from tests.rkllm_standin.build import library
 
 DEMO = Path(__file__).resolve().parents[1] / "mmchat" / "demo"
 GIB = 1 << 30
@@ -617,6 +620,88 @@ def test_a_model_folder_that_is_shut(pc: Machine, checkpoint: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "read_bytes", shut)
     assert pc.bad(checkpoint) == {"model": "problem"}
+
+
+# A board's folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """vision.mode -> a folder as a person with a board has it."""
+    library("1.2.1-1.2.3")  # skips where there is no compiler
+    return {
+        mode: write_board_folder(tmp_path_factory.mktemp(mode), "1.2.1-1.2.3", vision=mode) for mode in VISION_MODES
+    }
+
+
+@pytest.mark.parametrize("mode", VISION_MODES)
+def test_a_boards_folder_and_its_encoder(board: Machine, folders: dict[str, Path], mode: str) -> None:
+    board.write(RKNN, rknn("2.5.0"))
+    board.process_has(packages={"openvino": "2026.4.1", "rknn-toolkit-lite2": "2.5.0"})
+    found = board.examine(folders[mode])
+    assert "a board folder (*.rkllm), complete" in found["model"].what
+    if mode == "openvino":
+        assert found["encoder"].what == "vision.safetensors: openvino, on the CPU"
+    else:
+        assert found["encoder"].what == f"vision.rknn: {mode}, for RK3588 and RK3576, by rknn-toolkit2 2.5.0"
+    assert board.bad(folders[mode]) == {}
+
+
+def test_a_pc_asks_nothing_of_an_encoder_for_the_npu(pc: Machine, folders: dict[str, Path]) -> None:
+    assert "encoder" not in pc.examine(folders["navit"])
+
+
+def described_otherwise(folder: Path, copy: Path, **values: object) -> Path:
+    """A copy of a board's folder whose encoder tells something else of itself."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("lite2"))
+    path = copy / "vision.rknn"
+    data = path.read_bytes()
+    at = 64 + struct.unpack_from("<Q", data, 16)[0]
+    text = json.dumps({**json.loads(data[at + 8 :]), **values}).encode()
+    path.write_bytes(data[:at] + struct.pack("<Q", len(text)) + text)
+    config = json.loads((copy / "mmchat.json").read_text())
+    config["files"]["vision.rknn"]["bytes"] = path.stat().st_size
+    (copy / "mmchat.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "what", "cure"),
+    [
+        ({"target_platform": ["rk3566"]}, "problem", "for RK3566, .*; this is RK3588", "target_platform='rk3588'"),
+        (
+            {"target_platform": ["rk3588"], "version": "2.4.0"},
+            "advice",
+            "newer than librknnrt 2.3.2",
+            "librknnrt.so 2.4.0",
+        ),
+        ({"target_platform": ["rk3588"], "version": "2.3.9"}, "ok", "by rknn-toolkit2 2.3.9", ""),
+        ({"target_platform": ["rk3588"], "version": ""}, "ok", "of unknown version", ""),
+        ({"target_platform": 7}, "unknown", "does not tell its chip", "for which chip it is"),
+    ],
+)
+def test_encoders_of_another_kind(
+    rk3588: Machine, folders: dict[str, Path], tmp_path: Path, values: dict[str, Any], status: str, what: str, cure: str
+) -> None:
+    folder = described_otherwise(folders["navit"], tmp_path / "folder", **values)
+    one = rk3588.examine(folder)["encoder"]
+    assert one.status == status
+    assert re.search(what, one.what)
+    assert cure in one.cure
+
+
+def test_a_boards_folder_that_is_not_whole(rk3588: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = described_otherwise(folders["navit"], tmp_path / "folder")
+    assert rk3588.examine(folder)["model"].status == "ok"
+    (folder / "vision.rknn").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in rk3588.examine(folder)["model"].what
+    for name in ("vision.rknn", "model.rkllm"):
+        (folder / name).unlink()
+    one = rk3588.examine(folder)["model"]
+    assert one.status == "problem"
+    assert "lacks model.rkllm" in one.what
+    assert "it looks like a board folder" in one.what
+    assert "On a board" in one.cure
 
 
 def files_of(machine: Machine) -> list[str]:

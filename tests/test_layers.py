@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
-    ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi"),
+    ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi", "rknn_file"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor", "rkllm_model", "probe_runs"),
     ("rkllm_answer", "probes", "probe_ladder", "probe_pictures"),
-    ("openvino_engine", "openvino_vision", "rkllm_embed"),
+    ("openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"),
     ("vision_proc", "llm_proc", "probe_child"),
     ("session",),
     ("runtime", "transcript", "calibrate"),
@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_model", "rkllm_embed"}
+ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_model", "rkllm_embed", "rknn_vision"}
 
 
 def modules() -> dict[str, list[Path]]:

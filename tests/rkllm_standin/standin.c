@@ -511,6 +511,16 @@ static bool maps_rknn(void) {
     return found;
 }
 
+// False where another process computes on the NPU, whose lock file RKLLM_STANDIN_NPU names; *file is to be closed.
+static bool take_npu(int* file) {
+    const char* path = knob("NPU");
+    if (!path) return true;
+    *file = open(path, O_RDWR | O_CREAT, 0644);
+    if (flock(*file, LOCK_EX | LOCK_NB) == 0) return true;
+    say("E RKNN: failed to submit!, op id: 1, op name: MatMul");
+    return false;
+}
+
 static void trace_run(const Llm* llm, long number, int n_rows, int keep, int n_reused, int n_prefilled, int before,
                       const char* end) {
     if (!knob("TRACE")) return;
@@ -804,7 +814,9 @@ int rkllm_run(LLMHandle handle, RKLLMInput* rkllm_input, RKLLMInferParam* rkllm_
     pthread_mutex_lock(&llm->lock);
     llm->aborted = 0;
     llm->running = 1;
-    int code = run_locked(llm, rkllm_input, rkllm_infer_params, userdata);
+    int code = -1, npu = -1;
+    if (take_npu(&npu)) code = run_locked(llm, rkllm_input, rkllm_infer_params, userdata);
+    if (npu >= 0) close(npu);
     llm->running = 0;
     pthread_mutex_unlock(&llm->lock);
     return code;
