@@ -33,7 +33,7 @@ _BYTES_PER_FILE_BYTE = 1.11  # 9.7 GB in use with files of 8.75 GB
 _DISK_NEEDED_BYTES = 100 << 20
 _FILES_ADVISED, _FILES_NEEDED = 1024, 256
 _LFS_POINTER = b"version https://git-lfs"
-_MAX_LINE = 400
+_MAX_LINE = 1000
 _KINDS = {"board": "a board folder (*.rkllm)", "openvino": "an OpenVINO folder", "checkpoint": "a checkpoint", "": ""}
 
 
@@ -189,7 +189,7 @@ def _model(patient: Patient, model: str | Path) -> list[Finding]:
             _check_checkpoint(spec)
         encoder = [examine_encoder(patient, spec)] if spec.board and patient.soc in NPU_SOCS else []
     except ModelDirError as error:
-        what = f"{error}; it looks like {_KINDS[kind]}" if kind not in ("", "checkpoint") else str(error)
+        what = f"it looks like {_KINDS[kind]}; {error}" if kind not in ("", "checkpoint") else str(error)
         return [Finding("model", "problem", what, cure)]
     except (OSError, ValueError) as error:
         return [Finding("model", "problem", f"{folder}: cannot be read ({error})", f"look with: ls -l {folder}")]

@@ -3,6 +3,7 @@
 Opened here: the published checkpoint layout (config.json, preprocessor_config.json, tokenizer.json, *.safetensors with
 vpm.*, resampler.* and llm.*), of which the demo model is a true miniature; and a board's folder, which has the same
 JSON files and, instead of the weights, what its mmchat.json names: the *.rkllm model, the embedding table, the encoder.
+Without mmchat.json the files are found by their kind (mmchat.board_files), and the encoder is one for a fixed square.
 
 This module reads JSON and tensor headers only; it loads no weights and knows no engine.  Sizes of a board's files are
 compared with mmchat.json whenever it is opened, digests only when asked for (check_digests): 8 GB take a minute.
@@ -14,12 +15,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from mmchat.board_files import board_files, file_mark
 from mmchat.checkpoint import Checkpoint, read_header, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
@@ -43,6 +46,9 @@ _HINTS = {
     "embed_table": _TABLE_HINT,
     "vision": "copy the encoder here",
 }
+_JSON_HINT = "huggingface-cli download openbmb/MiniCPM-V-2_6 {} --local-dir {} fetches that"
+# What a *.rkllm allows without telling: a guess, which rkllm_init refuses where it is too much.
+_FOUND_CONTEXT_ROWS = 4096
 _POSITIONS_HINT = f"copy the safetensors file here that has {POSITIONS}; the published checkpoint's shard will do"
 # Patches that one encoder input may have on the CPU: every view of pictures up to about 1000:1.
 _CPU_MAX_PATCHES = 2048
@@ -116,7 +122,8 @@ class BoardSpec:
     """What a board's folder has instead of a checkpoint's weights.
 
     vision_mode: "openvino" (tensors, for the CPU), "navit" or "square" (*.rknn, with what rknn says).
-    base_domain: RKLLM's base_domain_id.  digests: SHA-256 of the files, by name.
+    base_domain: RKLLM's base_domain_id.  stop_ids: empty where nothing says them but the tokenizer.
+    digests: SHA-256 of the files, by name, as far as they are known.
     """
 
     llm_path: Path
@@ -163,7 +170,8 @@ class ModelSpec:
         """SHA-256 over the vision tensors and their dimensions: other weights, other embeddings."""
         if self.board and self.board.rknn:
             files = [path for path in (self.board.vision_path, self.board.rknn.positions_path) if path]
-            text = " ".join([self.board.vision_mode, *(self.board.digests[path.name] for path in files)])
+            marks = (self.board.digests.get(path.name) or file_mark(path) for path in files)
+            text = " ".join([self.board.vision_mode, *marks])
             return hashlib.sha256(text.encode()).hexdigest()
         checkpoint = Checkpoint(self.folder)
         digest = hashlib.sha256(json.dumps(asdict(self.vision), sort_keys=True).encode())
@@ -191,14 +199,17 @@ def open_model(name: str | Path) -> ModelSpec:
     needed = ("config.json", "preprocessor_config.json", "tokenizer.json")
     missing = [file for file in needed if not (folder / file).is_file()]
     is_board = (folder / BOARD_FILE).is_file()
+    found = None if is_board else board_files(folder)
     if missing and is_board:
         raise ModelDirError(f"{folder}: lacks {', '.join(missing)}: copy them here from the published checkpoint")
+    if found:
+        _check_found(folder, found, missing)
     if missing:
         raise ModelDirError(
             f"{folder}: lacks {', '.join(missing)}; a model folder is a checkpoint as published: "
             f"{', '.join(needed)} and *.safetensors"
         )
-    if not is_board:
+    if not is_board and not found:
         weight_files(folder)
     config = _Json(folder / "config.json")
     processor = _Json(folder / "preprocessor_config.json")
@@ -254,7 +265,50 @@ def open_model(name: str | Path) -> ModelSpec:
         use_image_id=bool(config.values.get("use_image_id", True)),
         sampling=_sampling(folder / "generation_config.json"),
     )
+    if found:
+        return _with_found(spec, {part: path for part, path in found.items() if path})
     return _with_board(spec, _Json(folder / BOARD_FILE)) if is_board else spec
+
+
+def _check_found(folder: Path, found: Mapping[str, Path | None], missing: Sequence[str]) -> None:
+    """Raises ModelDirError: everything that a board's folder without mmchat.json lacks, with what makes it."""
+    table, names = folder / "embed_tokens.safetensors", " ".join(missing)
+    lacks = [f"{', '.join(missing)} ({_JSON_HINT.format(names, shlex.quote(str(folder)))})"] if missing else []
+    if not found["embed_table"]:
+        lacks.append(f"the embedding table ({_HINTS['embed_table'].format(table)})")
+    if not found["vision"]:
+        lacks.append("vision_transformer.rknn (rknn-toolkit2 converts the encoder on a PC; copy it here)")
+    if lacks:
+        raise ModelDirError(f"{folder}: has a model for RKLLM, but lacks {'; '.join(lacks)}")
+
+
+def _with_found(spec: ModelSpec, paths: Mapping[str, Path]) -> ModelSpec:
+    """The spec of a board's folder without mmchat.json.
+
+    Raises ModelDirError: the encoder is not one for a square picture.
+    """
+    file = read_rknn(paths["vision"])
+    inputs = file.inputs
+    if inputs and len(inputs[0][1]) != 4:
+        raise ModelDirError(
+            f"{paths['vision']}: takes {_by([shape for _, shape in inputs])}, not a square picture; an encoder of "
+            f"mmchat's needs the {BOARD_FILE} that was written with it"
+        )
+    # (1, 3, side, side) or (1, side, side, 3)
+    side = inputs[0][1][2] if inputs else spec.slices.scale_resolution
+    _check_shapes(paths["vision"], file, spec, [(1, side, side, 3)])
+    board = BoardSpec(
+        llm_path=paths["llm"],
+        table_path=paths["embed_table"],
+        vision_path=paths["vision"],
+        vision_mode="square",
+        base_domain=1,
+        stop_ids=frozenset(),
+        digests={},
+        rknn=RknnSpec(_DEFAULT_CORES, side=side),
+    )
+    context_rows = min(_FOUND_CONTEXT_ROWS, spec.llm.context_rows)
+    return replace(spec, llm=replace(spec.llm, context_rows=context_rows), board=board)
 
 
 def check_digests(spec: ModelSpec, progress: Callable[[str], None] = lambda name: None) -> None:

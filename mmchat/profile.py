@@ -2,7 +2,7 @@
 
 `mmchat calibrate` fills it, and the LLM's client adds what it meets.  A library or a model that is another has a
 profile of its own, by digests: the library's whole file, and of the model (8 GB) its size, its first and last MiB
-and the SHA-256 that mmchat.json gives for it.  Where the model's folder cannot be written, the file is in
+and the SHA-256 that mmchat.json may give for it.  Where the model's folder cannot be written, the file is in
 $XDG_STATE_HOME/mmchat/profiles (~/.local/state/mmchat/profiles).  Whoever wants to forget it all deletes the file.
 """
 
@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
+from mmchat.board_files import file_mark
 from mmchat.checkpoint import write_atomic
 from mmchat.errors import ModelDirError
 from mmchat.model_dir import ModelSpec
 
 _FORMAT = 1
-_PART_BYTES = 1 << 20
 _LOG = logging.getLogger("mmchat")
 
 
@@ -114,12 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _key(library: Path, model: Path, digests: Any) -> str:
     try:
-        with model.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(_PART_BYTES)
-            file.seek(max(0, size - _PART_BYTES))
-            ends = hashlib.sha256(head + file.read(_PART_BYTES)).hexdigest()
-        whole = hashlib.sha256(library.read_bytes()).hexdigest()
+        mark, whole = file_mark(model), hashlib.sha256(library.read_bytes()).hexdigest()
     except OSError as error:
         raise ModelDirError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
-    return hashlib.sha256(f"{whole} {size} {ends} {digests.get(model.name)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{whole} {mark} {digests.get(model.name)}".encode()).hexdigest()[:32]

@@ -77,12 +77,12 @@ def load_board(
     Raises ModelDirError: files that do not belong together; EngineError: the library (see rkllm_detect), the model.
     """
     if spec.board is None:
-        raise ModelDirError(f"{spec.folder}: no mmchat.json, so no model for RKLLM")
+        raise ModelDirError(f"{spec.folder}: has no model for RKLLM")
     if not 1 <= context_rows <= spec.context_rows:
         raise ModelDirError(f"a context of {context_rows} rows: {spec.board.llm_path} allows 1 to {spec.context_rows}")
     table, tokenizer = EmbedTable.open(spec.embed_table_path), ChatTokenizer(spec.tokenizer_path)
     table.check_belongs(spec.llm.hidden_size, tokenizer.n_ids)
-    if tokenizer.stop_ids != spec.board.stop_ids:
+    if spec.board.stop_ids and tokenizer.stop_ids != spec.board.stop_ids:
         raise ModelDirError(
             f"{spec.tokenizer_path}: answers end with {sorted(tokenizer.stop_ids)}, but with "
             f"{sorted(spec.board.stop_ids)} in mmchat.json"

@@ -88,7 +88,8 @@ class RkllmModel:
         if code != 0 or not self._handle:
             raise EngineError(
                 f"rkllm_init returned {code} {'and no handle ' if code == 0 else ''}for {model}; {SEE_LOG}; "
-                "usual causes are too little NPU memory, a driver below 0.9.7, or a context beyond the model's"
+                "usual causes are too little NPU memory, a driver below 0.9.7, or a context beyond the model's (give "
+                "--context then)"
             )
         self._kept.append(param)
         if family.chat_template:  # embedding input carries its own template

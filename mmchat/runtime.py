@@ -105,7 +105,7 @@ def open(
         raise ModelDirError(f"context_rows is {context_rows}; it must be at least 1")
     spec = open_model(model)
     if engine == "rkllm" and not spec.board:
-        raise ModelDirError(f'{spec.folder}: has no mmchat.json, so no model for RKLLM; use engine="openvino"')
+        raise ModelDirError(f'{spec.folder}: has no model for RKLLM (*.rkllm); use engine="openvino"')
     if engine == "openvino" and spec.board:
         raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
     limit = context_rows or spec.context_rows

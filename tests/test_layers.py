@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
     ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi", "rknn_file"),
+    ("board_files",),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor", "rkllm_model", "probe_runs"),

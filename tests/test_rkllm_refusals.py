@@ -124,5 +124,5 @@ def test_the_trace_would_tell(board: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_checkpoint_is_not_for_rkllm() -> None:
-    with pytest.raises(ModelDirError, match=r"no mmchat\.json"):
+    with pytest.raises(ModelDirError, match="has no model for RKLLM"):
         mmchat.open("demo", engine="rkllm")
