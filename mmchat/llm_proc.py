@@ -71,8 +71,7 @@ class LlmClient:
         self._rkllm = rkllm
         self._config: dict[str, Any] = {
             "folder": str(spec.folder),
-            "store": str(store.root),
-            "store_cap_bytes": store.cap_bytes,
+            "store": store.to_dict(),
             "context_rows": context_rows,
             "n_threads": n_threads,
             "rkllm": None,
@@ -191,7 +190,7 @@ def _openvino(config: dict[str, Any]) -> Engine:
         spec.llm,
         EmbedTable.open(spec.embed_table_path),
         ChatTokenizer(spec.tokenizer_path),
-        Store(config["store"], config["store_cap_bytes"]).get,
+        Store(**config["store"]).get,
         context_rows=config["context_rows"],
         n_threads=config["n_threads"],
     )
@@ -213,7 +212,7 @@ def _rkllm(config: dict[str, Any]) -> Engine:
         model,
         table,
         tokenizer,
-        Store(config["store"], config["store_cap_bytes"]).get,
+        Store(**config["store"]).get,
         context_rows=config["context_rows"],
         findings=Findings(**options["findings"]),
     )

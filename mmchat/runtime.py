@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
 
-from mmchat.errors import ModelDirError, StoreError
+from mmchat.errors import ModelDirError
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
-from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
+from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
 from mmchat.vision_proc import VisionClient
 from mmchat.worker import Exclusive
 
@@ -94,10 +93,11 @@ def open(
         in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
     store: folder for image embeddings; None is $MMCHAT_STORE, else ~/.cache/mmchat/embeddings (under
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
-        neither can be written.
+        neither can be written.  Where that is full or read-only, embeddings are kept in memory (mmchat.store says
+        how), and a warning says so.
     context_rows: a smaller context than the model has.  n_threads: CPU threads; None is OpenVINO's choice.
 
-    Raises ModelDirError, StoreError (a store that was named cannot be used).
+    Raises ModelDirError, StoreError (there can be no such folder as the store that was named).
     """
     if engine not in ENGINES:
         raise ModelDirError(f"engine is {engine!r}; known are {', '.join(ENGINES)}")
@@ -112,7 +112,8 @@ def open(
     if limit > spec.context_rows:
         raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
     rkllm = _rkllm(spec) if spec.board else None
-    runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads, rkllm=rkllm)
+    kept = open_store(store, store_cap_bytes, os.environ)
+    runtime = Runtime(spec, kept, context_rows=limit, n_threads=n_threads, rkllm=rkllm)
     runtime.llm.worker.start()
     return runtime
 
@@ -143,11 +144,3 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
         npu=Exclusive("the NPU is still busy with another answer in this thread") if shared else None,
         log_file=state_folder() / "rkllm.log",
     )
-
-
-def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
-    *firsts, last = [Path(os.path.expanduser(folder))] if folder else default_folders(os.environ)
-    for first in firsts:
-        with contextlib.suppress(StoreError):
-            return Store(first, cap_bytes)
-    return Store(last, cap_bytes)

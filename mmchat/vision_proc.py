@@ -36,8 +36,7 @@ class VisionClient:
         self._store, self._npu = store, npu
         config = {
             "folder": str(spec.folder),
-            "store": str(store.root),
-            "store_cap_bytes": store.cap_bytes,
+            "store": store.to_dict(),
             "n_threads": n_threads,
         }
         self.worker = Worker(__name__, config, name="vision")
@@ -73,6 +72,8 @@ class VisionClient:
                 for event in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
                     n_done += 1
                     seconds += event["seconds"]
+                    if event["problem"]:
+                        self._store.tell(event["problem"])
                     progress(done + n_done, total)
             except WorkerError:
                 restarts += 1
@@ -97,7 +98,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
         raise ModelDirError(
             f'{spec.folder}: this version has no encoder for vision.mode "{spec.board.vision_mode}" yet'
         )
-    store = Store(config["store"], config["store_cap_bytes"])
+    store = Store(**config["store"])
     encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(config["n_threads"]))
 
     def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -105,10 +106,10 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             if should_stop():
                 return
             pixels = _slice_from_wire(item, spec)
-            started = time.perf_counter()
-            if not store.has(item["key"]):
-                store.put(item["key"], encoder.encode(pixels))
-            yield {"key": item["key"], "seconds": time.perf_counter() - started}
+            started, problem = time.perf_counter(), None
+            if store.get(item["key"]) is None:  # not has(): a damaged one in a read-only folder stays there
+                problem = store.put(item["key"], encoder.encode(pixels))
+            yield {"key": item["key"], "seconds": time.perf_counter() - started, "problem": problem}
 
     return {}, handle
 
