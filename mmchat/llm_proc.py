@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class LlmClient:
     def _generate(
         self, pieces: Sequence[Piece], sampling: Sampling, should_stop: Callable[[], bool], shown: list[int]
     ) -> Iterator[Event]:
-        attempt, reloaded = 1, False
+        attempt, reloaded, done = 1, False, False
         while True:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
@@ -119,8 +119,9 @@ class LlmClient:
                         self._worked(n_rows_run)
                         n_rows_run = 0
                     yield event
-                    if isinstance(event, Done):
-                        return
+                    done = done or isinstance(event, Done)
+                if done:
+                    return
                 # Cancelled while the model was loading: the request was never sent.
                 n_rows = sum(piece.n_rows for piece in pieces)
                 yield Done("cancelled", "", tuple(shown), n_rows, 0, 0, len(shown), 0.0, 0.0)
@@ -133,6 +134,8 @@ class LlmClient:
                 self._reload(sampling=sampling.to_dict())
                 continue
             except WorkerError as error:
+                if done:  # and told so: the next request starts another worker
+                    return
                 self._learn(error, n_rows_run)
                 if attempt == 2:
                     raise
@@ -173,7 +176,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
         pieces = _pieces_from_wire(request["pieces"])
         sampling = Sampling.from_dict(request["sampling"])
         for event in engine.generate(pieces, sampling, should_stop, resume_ids=request["resume_ids"]):
-            yield {"kind": type(event).__name__.lower(), **asdict(event)}
+            yield {"kind": type(event).__name__.lower(), **vars(event)}
 
     return {"context_rows": engine.context_rows}, handle
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ _SPECIAL = (
     "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
     "<|im_start|>", "<|im_end|>", "<|endoftext|>",
 )  # fmt: skip
+
+# Texts whose tokens are remembered, and how long one may be: at most some 40 MB, a few 100 KB as a rule.
+_KNOWN_TEXTS, _KNOWN_CHARS = 1024, 1000
 
 
 class ChatTokenizer:
@@ -45,6 +49,7 @@ class ChatTokenizer:
         self._tokenizer.encode_special_tokens = True  # i.e. encode them as the text they are
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._known = lru_cache(maxsize=_KNOWN_TEXTS)(self._encode)
         self.special: dict[str, int] = {}
         for name in _SPECIAL:
             number = self._tokenizer.token_to_id(name)
@@ -68,8 +73,12 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text.  Raises PromptError for text that is not valid Unicode (lone surrogates)."""
+        # Every turn sends the whole conversation, so the same texts come again and again.
+        return list(self._known(text) if len(text) <= _KNOWN_CHARS else self._encode(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except (UnicodeError, TypeError):
             raise PromptError("the text holds a character that is not valid Unicode (a lone surrogate)") from None
 
