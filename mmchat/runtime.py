@@ -30,6 +30,12 @@ class Runtime:
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self._rkllm = rkllm
+
+    @property
+    def strategy(self) -> str:
+        """What the engine does with its KV cache: "rewind" (OpenVINO), or RKLLM's, as its profile has it."""
+        return self._rkllm.profile.strategy if self._rkllm else "rewind"
 
     @property
     def context_rows(self) -> int:

@@ -201,6 +201,25 @@ def doctor(
         doctoring.doctor(model, as_json)
 
 
+@app.command()
+def bench(
+    section: Annotated[str, typer.Argument(metavar="[work|host|chat|all]", help="What to measure.")] = "all",
+    model: options.Model = "demo",
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the figures to benchmarks/ in the current folder.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure: work done per conversation (counts), this machine's part, and a scripted chat; some minutes.
+
+    Board times are predicted from counts and published figures.
+    """
+    from mmchat.cli import benching
+
+    with options.errors_as_lines():
+        benching.bench(section, model, as_json, save)
+
+
 @store_app.command()
 def info(folder: options.StoreFolder = None, as_json: options.AsJson = False) -> None:
     """Where the embeddings are, how many, and how much room they take."""
