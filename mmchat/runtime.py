@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from mmchat.context import Policy
 from mmchat.errors import ModelDirError
+from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.profile import Profile, state_folder
@@ -31,6 +34,7 @@ class Runtime:
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
         self._rkllm = rkllm
+        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook()
 
     @property
     def strategy(self) -> str:
@@ -48,14 +52,22 @@ class Runtime:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        policy: Policy | str | Sequence[str] | None = None,
     ) -> Session:
         """A new conversation.
+
+        Any number of them share the engine.  Answers that several threads ask for at once come one after the other, in
+        the order in which they were begun; a thread that begins one while it streams another gets EngineBusy.  Going
+        from one conversation to another costs the rows that the two do not begin with in common.
 
         system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.
         reference_pixels: read pictures exactly as the published processor does (mmchat.images says what differs).
+        policy: what to do where the conversation does not fit any more: "error", or steps in the order in which they
+            are taken, by default ("overview", "line", "turns"); mmchat.Policy has more to set.  mmchat.context says
+            what they do.
 
-        Raises ImageError for an impossible max_slice_nums.
+        Raises ImageError for an impossible max_slice_nums, SessionError for an impossible policy.
         """
         return Session(
             self.spec,
@@ -67,6 +79,8 @@ class Runtime:
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
+            policy=policy,
+            outlook=self._outlook,
         )
 
     def close(self) -> None:
@@ -149,4 +163,14 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
         family=os.environ.get("MMCHAT_RKLLM_FAMILY") or None,
         npu=Exclusive("the NPU is still busy with another answer in this thread") if shared else None,
         log_file=state_folder() / "rkllm.log",
+    )
+
+
+def _outlook(profile: Profile) -> Outlook:
+    return Outlook(
+        lambda: profile.strategy,
+        rewinds=lambda: profile.rewinds,
+        longest=lambda: profile.safe_rows,
+        speeds=lambda: of_board(profile.probes),
+        published=True,
     )
