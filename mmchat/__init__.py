@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmchat.context import Policy
     from mmchat.engine import Sampling
     from mmchat.errors import (
         ContextFull,
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerTimeout,
     )
+    from mmchat.forecast import Plan
+    from mmchat.record import ImageHandle, Turn, Usage
     from mmchat.runtime import Runtime, open
-    from mmchat.session import ImageHandle, Reply, Session, Turn, Usage
+    from mmchat.session import Reply, Session
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "context": ("Policy",),
     "engine": ("Sampling",),
     "errors": (
         "ContextFull",
@@ -52,8 +56,10 @@ _HOME = {
         "WorkerError",
         "WorkerTimeout",
     ),
+    "forecast": ("Plan",),
+    "record": ("ImageHandle", "Turn", "Usage"),
     "runtime": ("Runtime", "open"),
-    "session": ("ImageHandle", "Reply", "Session", "Turn", "Usage"),
+    "session": ("Reply", "Session"),
 }
 
 __all__ = [
@@ -64,6 +70,8 @@ __all__ = [
     "ImageHandle",
     "MmchatError",
     "ModelDirError",
+    "Plan",
+    "Policy",
     "PromptError",
     "Reply",
     "Runtime",

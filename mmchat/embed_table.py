@@ -26,7 +26,7 @@ _SUFFIX = "embed_tokens.weight"
 _FLOATS = {"F16", "BF16", "F32"}
 
 # Rows of 3584 floats that stay near the processor while they are widened.  With several threads blocks are larger, so
-# that they wait less for the interpreter's lock.  Both found with tools/measure_host.py (benchmarks/host.md).
+# that they wait less for the interpreter's lock.  Both found with `mmchat bench host`.
 _BLOCK_ROWS, _PARALLEL_BLOCK_ROWS = 24, 64
 _PARALLEL_FROM_ROWS = 512
 _THREADS = min(4, os.cpu_count() or 1)

@@ -37,17 +37,21 @@ class ContextFull(MmchatError, ValueError):
     """The prompt and the room kept for the answer exceed the context.
 
     n_prompt: rows of the prompt.  max_new_tokens: rows kept for the answer; 0 where it is the prompt alone that is too
-    long, for a library that crashes on longer ones.  limit: rows allowed in all.
+    long, for a library that crashes on longer ones.  limit: rows allowed in all.  advice: what to do about it.
     """
 
-    def __init__(self, n_prompt: int, max_new_tokens: int, limit: int) -> None:
+    def __init__(
+        self,
+        n_prompt: int,
+        max_new_tokens: int,
+        limit: int,
+        advice: str = "shorten the text, use fewer slices, or begin a new session",
+    ) -> None:
         self.n_prompt, self.max_new_tokens, self.limit = n_prompt, max_new_tokens, limit
         what = f"and keeps {max_new_tokens} for the answer, but the context holds {limit}"
         if max_new_tokens == 0:
             what = f"but the library crashes on more than {limit} at once (or nobody knows: mmchat calibrate finds out)"
-        super().__init__(
-            f"the prompt has {n_prompt} rows {what}: shorten the text, use fewer slices, or begin a new session"
-        )
+        super().__init__(f"the prompt has {n_prompt} rows {what}: {advice}")
 
 
 class ModelDirError(MmchatError, ValueError):

@@ -85,12 +85,13 @@ class Channel:
         end = _LENGTH.size + length
         if len(self._buffer) < end:
             return _NOTHING
-        data = bytes(self._buffer[_LENGTH.size : end])
-        del self._buffer[:end]
         try:
-            return msgpack.unpackb(data, raw=False, strict_map_key=True)
+            with memoryview(self._buffer) as buffer, buffer[_LENGTH.size : end] as data:
+                return msgpack.unpackb(data, raw=False, strict_map_key=True)
         except Exception as error:  # msgpack raises many kinds, none of them worth telling apart here
             raise FrameError(f"a frame that is not msgpack ({error})") from None
+        finally:
+            del self._buffer[:end]
 
 
 _NOTHING = object()

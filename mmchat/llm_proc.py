@@ -21,7 +21,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,7 @@ class LlmClient:
         self._rkllm = rkllm
         self._config: dict[str, Any] = {
             "folder": str(spec.folder),
-            "store": str(store.root),
-            "store_cap_bytes": store.cap_bytes,
+            "store": store.to_dict(),
             "context_rows": context_rows,
             "n_threads": n_threads,
             "rkllm": None,
@@ -119,7 +118,7 @@ class LlmClient:
         self, pieces: Sequence[Piece], sampling: Sampling, should_stop: Callable[[], bool], shown: list[int]
     ) -> Iterator[Event]:
         crashes: list[int] = []  # one per worker that died: the rows of a run that no run was ever as long as, or 0
-        reloaded = learned = False
+        reloaded = learned = done = False
         while True:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
@@ -134,8 +133,9 @@ class LlmClient:
                     elif isinstance(event, Token):
                         shown.append(event.id)
                     yield event
-                    if isinstance(event, Done):
-                        return
+                    done = done or isinstance(event, Done)
+                if done:
+                    return
                 # Cancelled while the model was loading: the request was never sent.
                 n_rows = sum(piece.n_rows for piece in pieces)
                 yield Done("cancelled", "", tuple(shown), n_rows, 0, 0, len(shown), 0.0, 0.0)
@@ -148,6 +148,8 @@ class LlmClient:
                 self._reload(sampling=sampling.to_dict())
                 continue
             except WorkerError as error:
+                if done:  # and told so: the next request starts another worker
+                    return
                 crashes.append(self._suspected(error, n_rows_run))
                 if learned or (len(crashes) > 1 and not crashes[-1]) or len(crashes) > 3:
                     raise
@@ -208,7 +210,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
         pieces = _pieces_from_wire(request["pieces"])
         sampling = Sampling.from_dict(request["sampling"])
         for event in engine.generate(pieces, sampling, should_stop, resume_ids=request["resume_ids"]):
-            yield {"kind": type(event).__name__.lower(), **asdict(event)}
+            yield {"kind": type(event).__name__.lower(), **vars(event)}
 
     return {"context_rows": engine.context_rows}, handle
 
@@ -225,7 +227,7 @@ def _openvino(config: dict[str, Any]) -> Engine:
         spec.llm,
         EmbedTable.open(spec.embed_table_path),
         ChatTokenizer(spec.tokenizer_path),
-        Store(config["store"], config["store_cap_bytes"]).get,
+        Store(**config["store"]).get,
         context_rows=config["context_rows"],
         n_threads=config["n_threads"],
     )
@@ -247,7 +249,7 @@ def _rkllm(config: dict[str, Any]) -> Engine:
         model,
         table,
         tokenizer,
-        Store(config["store"], config["store_cap_bytes"]).get,
+        Store(**config["store"]).get,
         context_rows=config["context_rows"],
         findings=Findings(**options["findings"]),
     )

@@ -1,10 +1,12 @@
 """The LLM on OpenVINO's CPU plug-in.
 
-The KV cache is kept between requests; a request is compared with what the cache holds, rewound to the common prefix,
-and only what differs is computed.  Found with OpenVINO 2026.4.1 and relied on here: rewinding by cutting the states
-is exact; InferRequest.cancel() tears the states, so cancelling is a flag between chunks; any exception inside infer()
-poisons the compiled model, so it is dropped and made again; inference precision and KV precision depend on the host
-unless accuracy is asked for.
+KV caches are kept between requests; a request is compared with what they hold, the nearest is rewound to the common
+prefix, and only what differs is computed.  There are several, so that conversations that take turns do not displace
+each other: as many as fit into CACHES_BYTES at full length, at most MAX_CACHES.
+
+Found with OpenVINO 2026.4.1 and relied on here: rewinding by cutting the states is exact; InferRequest.cancel() tears
+the states, so cancelling is a flag between chunks; any exception inside infer() poisons the compiled model, so it is
+dropped and made again; inference precision and KV precision depend on the host unless accuracy is asked for.
 
 This module knows no template and no pictures: pieces in, tokens out.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import openvino as ov
@@ -29,10 +32,20 @@ from mmchat.openvino_graphs import build_llm, cpu_properties
 from mmchat.prompt import ChatTokenizer
 
 PREFILL_CHUNK_ROWS = 256
+CACHES_BYTES = 1 << 30
+MAX_CACHES = 4
+
+
+@dataclass
+class _Cache:
+    """The states of one request object, and the rows that they hold."""
+
+    request: ov.InferRequest
+    held: list[RowKey] = field(default_factory=list)
 
 
 class OpenVinoEngine:
-    """An Engine (mmchat.engine) with one KV cache.  For one thread."""
+    """An Engine (mmchat.engine).  For one thread."""
 
     def __init__(
         self,
@@ -45,8 +58,9 @@ class OpenVinoEngine:
         context_rows: int | None = None,
         n_threads: int | None = None,
         chunk_rows: int = PREFILL_CHUNK_ROWS,
+        n_caches: int | None = None,
     ) -> None:
-        """load_image: the embedding under a store key, or None where it is not there.
+        """load_image: the embedding under a store key, or None where it is not there.  n_caches: KV caches at most.
 
         Raises ModelDirError where checkpoint, table and tokenizer do not belong together.
         """
@@ -57,7 +71,9 @@ class OpenVinoEngine:
         self._properties = cpu_properties(n_threads)
         self._core = ov.Core()
         self._model = build_llm(checkpoint, spec)
-        self._held: list[RowKey] = []  # what the KV cache holds
+        row_bytes = 2 * 4 * spec.n_layers * spec.n_kv_heads * spec.head_size  # keys and values, float32
+        self._n_caches = n_caches or max(1, min(MAX_CACHES, CACHES_BYTES // (row_bytes * self._context_rows)))
+        self._caches: list[_Cache] = []
         self._compile()
 
     @property
@@ -79,10 +95,9 @@ class OpenVinoEngine:
             raise PromptError("the prompt is empty")
         check_fits(len(rows), sampling.max_new_tokens, self._context_rows)
         wanted = rows + list(resume_ids)
-        # The last row is always computed: its output is what the first token is chosen from.
-        kept = min(common_prefix(self._held, wanted), len(wanted) - 1)
+        nearest, kept = self._nearest(wanted)
         embeds = assemble([*pieces, Tokens(tuple(resume_ids))], self._table, self._load_image, skip=kept)
-        self._rewind(kept)
+        self._rewind(nearest, kept)
 
         generated = list(resume_ids)
         stream = TextStream(self._tokenizer.token_bytes, sampling.stop)
@@ -99,7 +114,7 @@ class OpenVinoEngine:
             yield Prefill(start + len(chunk), len(embeds))
         prefilled = time.perf_counter()
 
-        while logits is not None and len(self._held) >= len(wanted):
+        while logits is not None and len(self._cache.held) >= len(wanted):
             if stream.stopped:
                 reason = "stop"
                 break
@@ -120,7 +135,7 @@ class OpenVinoEngine:
         ids = generated
         if stream.stopped:
             ids = ids_of_text(generated, stream.text, self._tokenizer.token_bytes, self._tokenizer.encode)
-        n_fed = max(0, min(len(self._held), len(rows)) - n_reused)
+        n_fed = max(0, min(len(self._cache.held), len(rows)) - n_reused)
         yield Done(
             reason=reason,
             text=rest,
@@ -134,10 +149,10 @@ class OpenVinoEngine:
         )
 
     def _feed(self, embeds: NDArray[np.float32], keys: list[RowKey]) -> NDArray[np.float32]:
-        """Append rows to the KV cache; (vocab,) scores after the last of them."""
-        past, n = len(self._held), len(embeds)
+        """Append rows to the current cache; (vocab,) scores after the last of them."""
+        past, n = len(self._cache.held), len(embeds)
         try:
-            result = self._request.infer(
+            result = self._cache.request.infer(
                 {
                     "inputs_embeds": embeds[None],
                     "attention_mask": np.ones((1, past + n), np.int64),
@@ -149,24 +164,49 @@ class OpenVinoEngine:
         except Exception as error:
             self._compile()
             raise EngineError(f"OpenVINO failed at row {past} ({' '.join(str(error).split())[:300]})") from None
-        self._held += keys
+        self._cache.held += keys
         return logits
 
-    def _rewind(self, n: int) -> None:
-        """Cut the KV cache to its first n rows."""
-        if n == len(self._held):
-            return
+    @property
+    def _cache(self) -> _Cache:
+        """The current one: the last that was used."""
+        return self._caches[-1]
+
+    def _nearest(self, wanted: list[RowKey]) -> tuple[_Cache, int]:
+        """The cache with the most first rows of those wanted, and how many of them are of use.
+
+        The last row is always computed: its output is what the first token is chosen from.
+        """
+        common, nearest = max(
+            ((common_prefix(cache.held, wanted), cache) for cache in reversed(self._caches)), key=lambda pair: pair[0]
+        )
+        return nearest, min(common, len(wanted) - 1)
+
+    def _rewind(self, nearest: _Cache, n: int) -> None:
+        """Have a current cache with the first n rows of nearest.
+
+        Where nearest would lose more rows than it keeps it belongs to another conversation, most likely, and is left
+        as it is: the rows are copied to a new cache, or to the one that was not used for longest.
+        """
+        target = nearest
+        if len(nearest.held) - n > n:
+            if len(self._caches) < self._n_caches:
+                target = _Cache(self._compiled.create_infer_request())
+            else:
+                target = self._caches[0]
         try:
             if n == 0:
-                self._request.reset_state()
-            else:
-                for state in self._request.query_state():
-                    state.state = ov.Tensor(state.state.data[:, :, :n, :].copy())
+                target.request.reset_state()
+            elif target is not nearest or n < len(nearest.held):
+                states = {state.name: state for state in target.request.query_state()}
+                for state in nearest.request.query_state():
+                    states[state.name].state = ov.Tensor(state.state.data[:, :, :n, :].copy())
         except Exception as error:
             self._compile()
             raise EngineError(f"OpenVINO could not rewind to row {n} ({' '.join(str(error).split())[:300]})") from None
-        del self._held[n:]
+        target.held = nearest.held[:n]
+        self._caches = [*(cache for cache in self._caches if cache is not target), target]
 
     def _compile(self) -> None:
-        self._held = []
-        self._request = self._core.compile_model(self._model, "CPU", self._properties).create_infer_request()
+        self._compiled = self._core.compile_model(self._model, "CPU", self._properties)
+        self._caches = [_Cache(self._compiled.create_infer_request())]

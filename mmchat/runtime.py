@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from mmchat.errors import ModelDirError, StoreError
+from mmchat.context import Policy
+from mmchat.errors import ModelDirError
+from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
-from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
+from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
 from mmchat.vision_proc import VisionClient
 from mmchat.worker import Exclusive
 
@@ -31,6 +33,13 @@ class Runtime:
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = open_vision(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self._rkllm = rkllm
+        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook()
+
+    @property
+    def strategy(self) -> str:
+        """What the engine does with its KV cache: "rewind" (OpenVINO), or RKLLM's, as its profile has it."""
+        return self._rkllm.profile.strategy if self._rkllm else "rewind"
 
     @property
     def context_rows(self) -> int:
@@ -43,14 +52,22 @@ class Runtime:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        policy: Policy | str | Sequence[str] | None = None,
     ) -> Session:
         """A new conversation.
+
+        Any number of them share the engine.  Answers that several threads ask for at once come one after the other, in
+        the order in which they were begun; a thread that begins one while it streams another gets EngineBusy.  Going
+        from one conversation to another costs the rows that the two do not begin with in common.
 
         system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.
         reference_pixels: read pictures exactly as the published processor does (mmchat.images says what differs).
+        policy: what to do where the conversation does not fit any more: "error", or steps in the order in which they
+            are taken, by default ("overview", "line", "turns"); mmchat.Policy has more to set.  mmchat.context says
+            what they do.
 
-        Raises ImageError for an impossible max_slice_nums.
+        Raises ImageError for an impossible max_slice_nums, SessionError for an impossible policy.
         """
         return Session(
             self.spec,
@@ -62,6 +79,8 @@ class Runtime:
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
+            policy=policy,
+            outlook=self._outlook,
         )
 
     def close(self) -> None:
@@ -94,10 +113,11 @@ def open(
         in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
     store: folder for image embeddings; None is $MMCHAT_STORE, else ~/.cache/mmchat/embeddings (under
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
-        neither can be written.
+        neither can be written.  Where that is full or read-only, embeddings are kept in memory (mmchat.store says
+        how), and a warning says so.
     context_rows: a smaller context than the model has.  n_threads: CPU threads; None is OpenVINO's choice.
 
-    Raises ModelDirError, StoreError (a store that was named cannot be used).
+    Raises ModelDirError, StoreError (there can be no such folder as the store that was named).
     """
     if engine not in ENGINES:
         raise ModelDirError(f"engine is {engine!r}; known are {', '.join(ENGINES)}")
@@ -112,7 +132,8 @@ def open(
     if limit > spec.context_rows:
         raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
     rkllm = _rkllm(spec) if spec.board else None
-    runtime = Runtime(spec, _open_store(store, store_cap_bytes), context_rows=limit, n_threads=n_threads, rkllm=rkllm)
+    kept = open_store(store, store_cap_bytes, os.environ)
+    runtime = Runtime(spec, kept, context_rows=limit, n_threads=n_threads, rkllm=rkllm)
     runtime.llm.worker.start()
     return runtime
 
@@ -153,9 +174,11 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
     )
 
 
-def _open_store(folder: str | Path | None, cap_bytes: int) -> Store:
-    *firsts, last = [Path(os.path.expanduser(folder))] if folder else default_folders(os.environ)
-    for first in firsts:
-        with contextlib.suppress(StoreError):
-            return Store(first, cap_bytes)
-    return Store(last, cap_bytes)
+def _outlook(profile: Profile) -> Outlook:
+    return Outlook(
+        lambda: profile.strategy,
+        rewinds=lambda: profile.rewinds,
+        longest=lambda: None if profile.chunks else profile.safe_rows,
+        speeds=lambda: of_board(profile.encode_s_per_slice, profile.prefill_rows_per_s, profile.decode_tokens_per_s),
+        published=True,
+    )

@@ -28,7 +28,7 @@ Size = tuple[int, int]
 
 _LARGEST_SIDE, _MOST_SLICES = 1_000_000_000, 1000
 
-# Below this a second thread costs more than it saves (measured: benchmarks/host.md).
+# Below this a second thread costs more than it saves (measured: `mmchat bench host`).
 _PARALLEL_FROM_PX = 4_000_000
 
 

@@ -41,12 +41,11 @@ class VisionClient:
         log_file: Path | None = None,
     ) -> None:
         """npu: held while the encoder works, where it shares an NPU with the LLM.  log_file: for what it writes."""
-        self._npu = npu
+        self._store, self._npu = store, npu
         self._silence_s = NPU_SILENCE_S if spec.board and spec.board.rknn else SILENCE_S
         config = {
             "folder": str(spec.folder),
-            "store": str(store.root),
-            "store_cap_bytes": store.cap_bytes,
+            "store": store.to_dict(),
             "n_threads": n_threads,
             "log": str(log_file or "the worker's log"),
         }
@@ -83,6 +82,8 @@ class VisionClient:
                 for event in self.worker.call(request, silence_s=self._silence_s, should_stop=should_stop):
                     n_done += 1
                     seconds += event["seconds"]
+                    if event["problem"]:
+                        self._store.tell(event["problem"])
                     progress(done + n_done, total)
             except EngineError:
                 self.worker.kill()  # where it is alive after an error, nobody knows in what state
@@ -106,7 +107,7 @@ class Encoder(Protocol):
 def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     """In the child: load the encoder, answer requests."""
     spec = open_model(Path(config["folder"]))
-    store = Store(config["store"], config["store_cap_bytes"])
+    store = Store(**config["store"])
     encoder = _encoder(spec, config)
 
     def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -114,10 +115,10 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             if should_stop():
                 return
             pixels = _slice_from_wire(item, spec)
-            started = time.perf_counter()
-            if not store.has(item["key"]):
-                store.put(item["key"], encoder.encode(pixels))
-            yield {"key": item["key"], "seconds": time.perf_counter() - started}
+            started, problem = time.perf_counter(), None
+            if store.get(item["key"]) is None:  # not has(): a damaged one in a read-only folder stays there
+                problem = store.put(item["key"], encoder.encode(pixels))
+            yield {"key": item["key"], "seconds": time.perf_counter() - started, "problem": problem}
 
     return {}, handle
 

@@ -11,7 +11,7 @@ from mmchat.embed_table import EmbedTable
 from mmchat.engine import Engine, Sampling, Tokens
 from mmchat.llm_proc import LlmClient
 from mmchat.model_dir import open_model
-from mmchat.openvino_engine import OpenVinoEngine
+from mmchat.openvino_engine import MAX_CACHES, OpenVinoEngine
 from mmchat.prompt import ChatTokenizer
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, EngineContract, Kit, run
@@ -44,8 +44,9 @@ def in_worker(store: Store) -> Iterator[Engine]:
 
 
 def forgotten(engine: Engine) -> Engine:
-    """A prompt that shares no row with those of the tests empties the cache, at less cost than a new engine."""
-    run(engine, [Tokens((500,))], Sampling(max_new_tokens=1))
+    """Prompts that share no row with those of the tests fill all caches, at less cost than a new engine."""
+    for number in range(MAX_CACHES):
+        run(engine, [Tokens((500 + number,))], Sampling(max_new_tokens=1))
     return engine
 
 

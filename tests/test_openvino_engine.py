@@ -56,7 +56,7 @@ def engine(make: Make) -> OpenVinoEngine:
 
 def test_the_plug_in_fuses_attention_and_rotation(engine: OpenVinoEngine) -> None:
     """Without this, decoding takes five times as long; a harmless-looking change of the graph is enough."""
-    model = engine._request.get_compiled_model().get_runtime_model()
+    model = engine._compiled.get_runtime_model()
     kinds = [op.get_rt_info()["layerType"].astype(str) for op in model.get_ops()]
     assert kinds.count("ScaledDotProductAttention") == SPEC.llm.n_layers
     assert kinds.count("RoPE") == 2 * SPEC.llm.n_layers
@@ -83,6 +83,50 @@ def test_a_rewound_engine_says_what_a_new_one_says(make: Make, images: dict[str,
     engine = make()
     for i in (0, 1, 0, 2, 1, 2, 0):
         assert run(engine, prompts[i], ENDLESS).ids == fresh[i]
+
+
+def test_conversations_that_take_turns_do_not_displace_each_other(make: Make) -> None:
+    """Each goes on where it was, and says what it says alone; what they have in common is computed once."""
+    head, *tails = Tokens(WORDS.ids[:10]), Tokens(WORDS.ids[10:]), Tokens(WORDS.ids[:50]), Tokens((9, 8, 7) * 15)
+    alone = [run(make(), [head, tail], ENDLESS).ids for tail in tails]
+    engine = make(n_caches=3)
+    for number, tail in enumerate(tails):
+        answer = run(engine, [head, tail], ENDLESS)
+        assert (answer.ids, answer.done.n_reused) == (alone[number], 10 if number else 0)
+    for tail, ids in [*zip(tails, alone, strict=True)] * 2:
+        answer = run(engine, [head, tail, Tokens((*ids, 7, 8))], ENDLESS)
+        n_rows = 10 + tail.n_rows + len(ids) + 2
+        # The last token was generated but not fed; the second time round only the last row is computed.
+        assert answer.done.n_prompt == n_rows
+        assert answer.done.n_prefilled in (3, 1)
+    assert len(engine._caches) == 3
+
+
+def test_no_more_caches_than_allowed(make: Make) -> None:
+    """The one that was not used for longest goes."""
+    prompts = [Tokens((number,) * 20) for number in (20, 21, 22)]
+    engine = make(n_caches=2)
+    for number, n_reused in ((0, 0), (1, 0), (0, 19), (2, 0), (0, 19), (1, 0), (2, 0)):
+        assert run(engine, [prompts[number]], ENDLESS).done.n_reused == n_reused
+    assert len(engine._caches) == 2
+
+
+def test_a_rewound_conversation_stays_in_its_cache(make: Make) -> None:
+    """Unless more of it is taken back than is left; then both are kept."""
+    engine = make()
+    run(engine, [WORDS], ENDLESS)
+    assert run(engine, [Tokens((*WORDS.ids[:40], 1, 2))], ENDLESS).done.n_reused == 40
+    assert len(engine._caches) == 1
+    assert run(engine, [Tokens((*WORDS.ids[:10], 1, 2))], ENDLESS).done.n_reused == 10
+    assert len(engine._caches) == 2
+    assert run(engine, [Tokens((*WORDS.ids[:40], 1, 2))], ENDLESS).done.n_reused == 41
+
+
+def test_a_long_context_of_a_large_model_has_one_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make()._n_caches == openvino_engine.MAX_CACHES
+    monkeypatch.setattr(openvino_engine, "CACHES_BYTES", 6 << 20)
+    assert make()._n_caches == 1
+    assert make(context_rows=1000)._n_caches == 3
 
 
 def test_cancel_between_chunks_keeps_what_was_computed(make: Make) -> None:

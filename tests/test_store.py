@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 import os
 import shutil
 import signal
@@ -20,7 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from mmchat.errors import StoreError
-from mmchat.store import Store, StoreInfo, slice_key
+from mmchat.store import Store, StoreInfo, Verified, open_store, slice_key, spare_folder
+from tests.test_cli import run_here
 
 HEADER_BYTES = 64
 
@@ -428,6 +432,36 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     assert list(store.root.glob("tmp/*")) == list(store.root.glob("leases/*")) == []
 
 
+def test_processes_share_a_store_while_it_is_cleared_and_checked(tmp_path: Path) -> None:
+    """Readers and writers under leases, beside processes that clear and verify all the time."""
+    tidy = "for _ in range(60):\n    store.clear()\n    assert store.verify().n_left == 0\n    store.info()"
+    workers = [in_python(WORK, tmp_path / "store", 10 * 1024, seed) for seed in range(2)]
+    processes = [*workers, in_python(tidy, tmp_path / "store")]
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0] * 3
+    found = Store(tmp_path / "store").verify()
+    assert (found.n_removed, found.n_left) == (0, 0)
+
+
+def test_a_damaged_file_that_another_process_has_replaced_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between noticing the damage and removing it, the file may have been made again."""
+    store.put(key(1), rows())
+    path = file_of(store, key(1))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    lock = store._lock
+
+    def lock_late() -> Any:
+        path.write_bytes(whole)
+        return lock()
+
+    monkeypatch.setattr(store, "_lock", lock_late)
+    assert store.get(key(1)) is None
+    monkeypatch.undo()
+    assert store.get(key(1)) is not None
+
+
 @pytest.mark.parametrize("at", ["os.replace", "Path.write_bytes", "Store._set_total", "Store._evict"])
 def test_a_writer_killed_in_mid_put_leaves_a_usable_store(tmp_path: Path, at: str) -> None:
     """kill -9 at each step of put: the lock is free, what is there is whole, clear() empties it."""
@@ -539,3 +573,174 @@ def test_only_the_owner_may_look(store: Store) -> None:
     store.put(key(1), rows())
     folders = [store.root, store.root / "data", file_of(store, key(1)).parent]
     assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders[1:])
+
+
+# --- the spare folder -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spared(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", spare=tmp_path / "spare")
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """No byte can be written below these folders."""
+    write = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if any(folder in path.parents for folder in folders):
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_a_spare_folder_is_made_when_it_is_needed(spared: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spared.put(key(1), rows()) is None
+    assert not spared.has(key(2))
+    assert spared.spare is not None
+    assert not spared.spare.root.exists()
+    full(monkeypatch, spared.root)
+    problem = spared.put(key(2), rows(fill=2))
+    assert problem == f"{spared.root}: embedding not kept (No space left on device)"
+    assert (spared.info().n_files, spared.spare.info().n_files) == (1, 1)
+    assert list(spared.root.glob("tmp/*")) == []
+
+
+def test_other_processes_find_what_is_in_the_spare_folder(spared: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened as the workers open it; and the folder itself is used again once there is room."""
+    with monkeypatch.context() as patch:
+        full(patch, spared.root)
+        spared.put(key(1), rows(fill=7))
+    assert spared.put(key(2), rows(fill=8)) is None
+    code = """
+store = Store(**__import__("json").loads(sys.argv[2]))
+print([store.has(f"{n:064x}") for n in range(3)], [float(store.get(f"{n:064x}")[0, 0]) for n in (1, 2)])
+"""
+    with in_python(code, spared.root, json.dumps(spared.to_dict())) as process:
+        assert process.communicate()[0] == "[False, True, True] [7.0, 8.0]\n"
+
+
+def test_what_is_leased_in_the_spare_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store", 4 * 1024, spare=tmp_path / "spare")
+    full(monkeypatch, store.root)
+    store.put(key(1), rows())
+    with store.lease([key(1)]):
+        for n in range(2, 12):
+            store.put(key(n), rows())
+        assert store.has(key(1))
+        assert store.spare is not None
+        assert store.spare.info().n_bytes <= 4 * 1024
+    for n in range(12, 22):
+        store.put(key(n), rows())
+    assert not store.has(key(1))
+
+
+def test_both_folders_full_is_an_error_that_names_both(spared: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spared.spare is not None
+    full(monkeypatch, spared.root, spared.spare.root)
+    with pytest.raises(StoreError, match="No space left") as caught:
+        spared.put(key(1), rows())
+    assert str(spared.root) in str(caught.value)
+    assert str(spared.spare.root) in str(caught.value)
+
+
+def test_that_the_cache_is_off_is_told_once(spared: Store, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        spared.tell(f"{spared.root}: disk full")
+    Store(spared.root).tell("a store without a spare folder has errors instead")
+    assert spared.spare is not None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message == (
+        f"{spared.root}: disk full: the cache is off, image embeddings are in {spared.spare.root} meanwhile"
+    )
+
+
+def test_the_spare_folder_is_in_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert spare_folder().parts[-2:] == (f"mmchat-{os.getuid()}", "spare")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    free = {"/dev/shm": 64 << 20, str(tmp_path): 512 << 20}
+    monkeypatch.setattr("os.access", lambda place, mode: True)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free[str(place)]))
+    assert spare_folder().parent.parent == tmp_path
+    free["/dev/shm"] = 1 << 30
+    assert spare_folder().parent.parent == Path("/dev/shm")
+
+
+def test_a_folder_that_somebody_else_made_in_a_public_one_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns it could read the embeddings, or put others in their place."""
+    public = tmp_path / "tmp"
+    public.mkdir()
+    public.chmod(0o1777)
+    Store(public / "mmchat-1" / "embeddings")
+    monkeypatch.setattr("os.getuid", lambda: 4242)
+    for root in (public / "mmchat-1" / "embeddings", public / "mmchat-1"):
+        with pytest.raises(StoreError, match="belongs to another user"):
+            Store(root)
+
+
+# --- which folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_default_folder_that_cannot_be_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "file").write_text("x")
+    store = open_store(None, 1 << 20, {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert store.root == tmp_path / "tmp" / f"mmchat-{os.getuid()}" / "embeddings"
+    assert f"{store.root} is used" in caplog.text
+    with pytest.raises(StoreError, match="no place for embeddings"):
+        open_store(tmp_path / "file", 1 << 20, {})
+    with pytest.raises(StoreError, match="no place for embeddings"):
+        open_store(None, 1 << 20, {"MMCHAT_STORE": str(tmp_path / "file" / "store")})
+
+
+# --- verify, and the commands -----------------------------------------------------------------------------------
+
+
+def damaged(store: Store, n: int) -> None:
+    store.put(key(n), rows())
+    path = file_of(store, key(n))
+    path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
+
+
+def test_verify_removes_what_is_damaged(store: Store) -> None:
+    for n in range(3):
+        store.put(key(n), rows())
+    damaged(store, 3)
+    damaged(store, 4)
+    assert store.verify() == Verified(3, 2, 0)
+    assert store.verify() == Verified(3, 0, 0)
+    assert [store.has(key(n)) for n in range(5)] == [True, True, True, False, False]
+    assert store._total() == store.info().n_bytes
+
+
+def test_the_store_commands(store: Store) -> None:
+    store.put(key(0), rows())
+    damaged(store, 1)
+    told = json.loads(run_here("store", "info", "--store", store.root, "--json")[1])
+    assert (told["folder"], told["n_files"], told["n_bytes"], told["problem"]) == (str(store.root), 2, 2048, "")
+    assert told["spare"] is None or told["spare"]["folder"] == str(spare_folder())
+    assert str(store.root) in run_here("store", "info", "--store", store.root)[1]
+    told = json.loads(run_here("store", "verify", "--store", store.root, "--json")[1])
+    assert (told["n_removed"], told["n_left"]) == (1, 0)
+    with store.lease([key(0)]):
+        told = json.loads(run_here("store", "clear", "--store", store.root, "--json")[1])
+        assert told["n_removed"] == 0
+        assert store.has(key(0))
+    code, out, _ = run_here("store", "clear", "--store", store.root)
+    assert (code, out[:20]) == (0, "removed 1 embeddings")
+    assert store.info().n_files == 0
+
+
+def test_verify_fails_where_a_damaged_file_cannot_be_removed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged(store, 1)
+    monkeypatch.setattr(Store, "_discard", lambda self, path: None)
+    assert store.verify() == Verified(0, 0, 1)
+    assert run_here("store", "verify", "--store", store.root)[0] == 1

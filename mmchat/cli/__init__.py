@@ -24,6 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+store_app = typer.Typer(
+    help="Look at the image embeddings kept on disk, check them, or remove them.", no_args_is_help=True
+)
+app.add_typer(store_app, name="store")
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -194,6 +199,55 @@ def doctor(
 
     with options.errors_as_lines():
         doctoring.doctor(model, as_json)
+
+
+@app.command()
+def bench(
+    section: Annotated[str, typer.Argument(metavar="[work|host|chat|all]", help="What to measure.")] = "all",
+    model: options.Model = "demo",
+    save: Annotated[
+        bool, typer.Option("--save", help="Write the figures to benchmarks/ in the current folder.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure: work done per conversation (counts), this machine's part, and a scripted chat; some minutes.
+
+    Board times are predicted from counts and published figures.
+    """
+    from mmchat.cli import benching
+
+    with options.errors_as_lines():
+        benching.bench(section, model, as_json, save)
+
+
+@store_app.command()
+def info(folder: options.StoreFolder = None, as_json: options.AsJson = False) -> None:
+    """Where the embeddings are, how many, and how much room they take."""
+    from mmchat.cli import storing
+
+    with options.errors_as_lines():
+        storing.info(folder, as_json)
+
+
+@store_app.command()
+def verify(folder: options.StoreFolder = None, as_json: options.AsJson = False) -> None:
+    """Read every embedding; damaged ones are removed, and made again when they are needed.
+
+    The exit code is 1 where one could not be removed.
+    """
+    from mmchat.cli import storing
+
+    with options.errors_as_lines():
+        storing.verify(folder, as_json)
+
+
+@store_app.command()
+def clear(folder: options.StoreFolder = None, as_json: options.AsJson = False) -> None:
+    """Remove all embeddings but those that an answer under way needs."""
+    from mmchat.cli import storing
+
+    with options.errors_as_lines():
+        storing.clear(folder, as_json)
 
 
 def main() -> None:

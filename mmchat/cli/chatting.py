@@ -20,8 +20,9 @@ from mmchat.cli.options import Opening, Talk, UsageError, describe, printable, s
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
+from mmchat.record import ImageHandle
 from mmchat.runtime import Runtime
-from mmchat.session import ImageHandle, Reply, Session
+from mmchat.session import Reply, Session
 from mmchat.transcript import save_transcript
 
 _IN_TEXT = re.compile(r"(?<!\\)\{\{[ \t]*([^{}\s][^{}]*?)[ \t]*\}\}")

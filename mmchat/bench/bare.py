@@ -1,0 +1,81 @@
+"""A worker that runs a conversation on the engine and the encoder alone, in one process, and times only these two.
+
+What `mmchat bench chat` compares the whole program with: no second process, no messages, no store on disk, and what
+the session does is not on the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.bench.script import Timed, say
+from mmchat.checkpoint import Checkpoint
+from mmchat.child import Handler
+from mmchat.embed_table import EmbedTable
+from mmchat.engine import Encoded
+from mmchat.model_dir import ModelSpec, open_model
+from mmchat.openvino_engine import OpenVinoEngine
+from mmchat.openvino_graphs import cpu_properties
+from mmchat.openvino_vision import OpenVinoEncoder
+from mmchat.prompt import ChatTokenizer
+from mmchat.session import Session
+from mmchat.store import Store
+
+
+class _Encoder:
+    """A Vision on the spot.  seconds: spent encoding."""
+
+    def __init__(self, spec: ModelSpec, store: Store, n_threads: int | None) -> None:
+        self._encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(n_threads))
+        self._store = store
+        self.seconds = 0.0
+
+    def encode(
+        self,
+        slices: Sequence[tuple[str, NDArray[np.uint8]]],
+        progress: Callable[[int, int], None],
+        should_stop: Callable[[], bool],
+    ) -> Encoded:
+        for key, pixels in slices:
+            started = time.perf_counter()
+            rows = self._encoder.encode(pixels)
+            self.seconds += time.perf_counter() - started
+            self._store.put(key, rows)
+        return Encoded(len(slices), 0.0, 0)
+
+
+def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
+    """In the child.  A request is {"system", "turn"}, and turn 0 begins a conversation; the event has the figures."""
+    spec = open_model(Path(config["folder"]))
+    store, tokenizer = Store(config["store"]), ChatTokenizer(spec.tokenizer_path)
+    vision = _Encoder(spec, store, config["n_threads"])
+    engine = OpenVinoEngine(
+        Checkpoint(spec.folder),
+        spec.llm,
+        EmbedTable.open(spec.embed_table_path),
+        tokenizer,
+        store.get,
+        n_threads=config["n_threads"],
+    )
+    timed = Timed(engine)
+    sessions: list[Session] = []
+
+    def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        if request["turn"] == 0:
+            store.clear()
+            sessions[:] = [Session(spec, tokenizer, store, vision, timed, system=request["system"])]
+        before = vision.seconds + timed.seconds, timed.generate_s, timed.n_tokens
+        say(sessions[0], request["turn"])
+        yield {
+            "model_s": vision.seconds + timed.seconds - before[0],
+            "generate_s": timed.generate_s - before[1],
+            "n_tokens": timed.n_tokens - before[2],
+        }
+
+    return {}, handle
