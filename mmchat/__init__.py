@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mmchat.engine import Sampling
     from mmchat.errors import (
         ContextFull,
+        DiskFull,
+        DownloadError,
         EngineBusy,
         EngineError,
         ImageError,
@@ -40,6 +42,8 @@ _HOME = {
     "engine": ("Sampling",),
     "errors": (
         "ContextFull",
+        "DiskFull",
+        "DownloadError",
         "EngineBusy",
         "EngineError",
         "ImageError",
@@ -58,6 +62,8 @@ _HOME = {
 
 __all__ = [
     "ContextFull",
+    "DiskFull",
+    "DownloadError",
     "EngineBusy",
     "EngineError",
     "ImageError",

@@ -29,10 +29,7 @@ BOARD_FILE = "mmchat.json"
 # Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
 MARGIN_ROWS = 32
 _VISION_MODES = ("openvino", "navit", "square")
-_TABLE_HINT = (
-    "python -c \"from mmchat.embed_table import build_table; build_table('CHECKPOINT', '{}')\" makes it "
-    "from the published checkpoint"
-)
+_TABLE_HINT = "mmchat convert table CHECKPOINT {} makes it from the published checkpoint"
 _HINTS = {
     "llm": "rkllm-toolkit converts it on a PC; copy it here",
     "embed_table": _TABLE_HINT,

@@ -64,7 +64,7 @@ def test_another_rknn_encoder_is_another_encoder(folder: Path) -> None:
     ("name", "cure"),
     [
         (LLM, "rkllm-toolkit converts it"),
-        (TABLE, f"build_table\\('CHECKPOINT', '{TABLE}'\\)"),
+        (TABLE, f"mmchat convert table CHECKPOINT {TABLE} makes it"),
         (VISION, "copy the encoder"),
         ("tokenizer.json", "from the published checkpoint"),
     ],

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmchat import __version__
-from mmchat.cli import options
+from mmchat.cli import converting, options
 
 app = typer.Typer(
     name="mmchat",
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(converting.app)
 
 
 def _version(wanted: bool) -> None:
