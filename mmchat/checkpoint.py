@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -189,6 +189,29 @@ def blocks(path: Path, info: TensorInfo) -> Iterator[bytes]:
                 raise ModelDirError(f"{path}: became shorter while it was read")
             left -= len(block)
             yield block
+
+
+def finite_blocks(
+    path: Path, name: str, info: TensorInfo, progress: Callable[[int, int], None] | None = None
+) -> Iterator[bytes]:
+    """The same, and each number looked at.  progress: called with (bytes done, bytes in all).
+
+    Raises ModelDirError: a value that is infinite or not a number.  Types that are not floats are not looked at.
+    """
+    done, total = 0, info.end - info.start
+    for block in blocks(path, info):
+        if info.dtype == "F32":
+            finite = bool(np.isfinite(np.frombuffer(block, np.float32)).all())
+        else:
+            exponent = {"F16": 0x7C00, "BF16": 0x7F80}.get(info.dtype)  # all ones: infinite, or not a number
+            finite = not exponent or bool(((np.frombuffer(block, np.uint16) & exponent) != exponent).all())
+        if not finite:
+            row = done * info.shape[0] // total if info.shape else 0
+            raise ModelDirError(f"{path}: {name} has values that are not finite, in row {row} or soon after")
+        yield block
+        done += len(block)
+        if progress:
+            progress(done, total)
 
 
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:

@@ -10,7 +10,7 @@ This module does not know which ids are special, nor what rows are used for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.checkpoint import Checkpoint, TensorFile, TensorInfo, blocks, read_header, write_tensors
+from mmchat.checkpoint import Checkpoint, TensorFile, TensorInfo, finite_blocks, write_tensors
 from mmchat.errors import ModelDirError, PromptError
 
 _SUFFIX = "embed_tokens.weight"
@@ -158,32 +158,5 @@ def build_table(checkpoint: str | Path, path: str | Path, progress: Callable[[in
     source = Checkpoint(checkpoint)
     name = find_table(source)
     info = source.info(name)
-    chunks = _finite_blocks(source.file(name).path, name, info, progress)
+    chunks = finite_blocks(source.file(name).path, name, info, progress)
     write_tensors(Path(path), {_SUFFIX: (info.dtype, info.shape, chunks)})
-
-
-def check_finite(path: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Read a table once.  Raises ModelDirError: it is none, or has a value that is not finite."""
-    EmbedTable.open(path)
-    name, info = next((name, info) for name, info in read_header(path).items() if name.endswith(_SUFFIX))
-    for _ in _finite_blocks(path, name, info, progress):
-        pass
-
-
-def _finite_blocks(
-    path: Path, name: str, info: TensorInfo, progress: Callable[[int, int], None] | None
-) -> Iterator[bytes]:
-    done, total = 0, info.end - info.start
-    for block in blocks(path, info):
-        if info.dtype == "F32":
-            finite = bool(np.isfinite(np.frombuffer(block, np.float32)).all())
-        else:
-            exponent = {"F16": 0x7C00, "BF16": 0x7F80}[info.dtype]  # all ones: infinite, or not a number
-            finite = bool(((np.frombuffer(block, np.uint16) & exponent) != exponent).all())
-        if not finite:
-            row = done * info.shape[0] // total
-            raise ModelDirError(f"{path}: {name} has values that are not finite, in row {row} or soon after")
-        yield block
-        done += len(block)
-        if progress:
-            progress(done, total)

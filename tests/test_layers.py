@@ -28,12 +28,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rkllm_detect",
         "outputs",
     ),
-    ("embedding", "doctor_npu", "profile"),
+    ("embedding", "doctor_npu", "profile", "fetch"),
     ("openvino_graphs", "doctor"),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
-    ("runtime", "transcript", "calibrate", "convert"),
+    ("runtime", "transcript", "calibrate", "convert", "pull"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
