@@ -61,6 +61,26 @@ def llm_checkpoint(
         _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
 
 
+@app.command("vision-onnx")
+def vision_onnx(
+    checkpoint: Source,
+    target: Annotated[str, typer.Argument(metavar="DIR", help="The folder to write.")],
+    patches: Annotated[
+        int | None, typer.Option(min=1, help="Patches of every input. [default: the model's, 1056]")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write the vision encoder as ONNX of a fixed shape, exact for any picture, for rknn-toolkit2."""
+    with options.errors_as_lines():
+        from mmchat.convert import vision_onnx as step
+        from mmchat.model_dir import open_model
+
+        plan = step.plan(open_model(checkpoint), patches)
+        path = Path(target)
+        _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
+
+
 def _folder(checkpoint: str) -> Path:
     from mmchat.model_dir import model_folder
 
