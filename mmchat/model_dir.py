@@ -29,7 +29,10 @@ BOARD_FILE = "mmchat.json"
 # Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
 MARGIN_ROWS = 32
 _VISION_MODES = ("openvino", "navit", "square")
-_TABLE_HINT = "mmchat convert table CHECKPOINT {} makes it from the published checkpoint"
+_TABLE_HINT = (
+    "mmchat convert table CHECKPOINT {} makes it from the published checkpoint; "
+    "mmchat pull --only table fetches no more than it"
+)
 _HINTS = {
     "llm": "rkllm-toolkit converts it on a PC; copy it here",
     "embed_table": _TABLE_HINT,

@@ -89,7 +89,7 @@ def _folder(checkpoint: str) -> Path:
 
 def _run(estimate: Estimate, target: Path, dry_run: bool, as_json: bool, run: Callable[[Progress], None]) -> None:
     """Say what it takes, do it unless it is a dry run, and print the result's path."""
-    from mmchat.cli.progress import Bars
+    from mmchat.cli.bars import Bars
     from mmchat.outputs import check_space, free_bytes
 
     said: dict[str, Any] = {"target": str(target), "dry_run": dry_run, **estimate.to_dict()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmchat import pull
 from mmchat.cli.options import UsageError, printable, say
-from mmchat.cli.progress import Bars
+from mmchat.cli.bars import Bars
 from mmchat.outputs import check_space, describe_bytes, free_bytes
 
 
