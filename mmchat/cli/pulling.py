@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from mmchat import pull
-from mmchat.cli.options import UsageError, printable, say
 from mmchat.cli.bars import Bars
+from mmchat.cli.options import UsageError, printable, say
 from mmchat.outputs import check_space, describe_bytes, free_bytes
 
 
