@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mmchat.engine import Sampling
     from mmchat.errors import (
         ContextFull,
+        DiskFull,
+        DownloadError,
         EngineBusy,
         EngineError,
         ImageError,
@@ -44,6 +46,8 @@ _HOME = {
     "engine": ("Sampling",),
     "errors": (
         "ContextFull",
+        "DiskFull",
+        "DownloadError",
         "EngineBusy",
         "EngineError",
         "ImageError",
@@ -64,6 +68,8 @@ _HOME = {
 
 __all__ = [
     "ContextFull",
+    "DiskFull",
+    "DownloadError",
     "EngineBusy",
     "EngineError",
     "ImageError",

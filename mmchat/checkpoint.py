@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +26,8 @@ from mmchat.errors import ModelDirError
 # Formats that numpy has; BF16 is read as its raw uint16.
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+_BLOCK_BYTES = 1 << 22
+_ZEROS = bytes(_BLOCK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            n_header = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES
-            if n_header >= min(size - 7, _MAX_HEADER_BYTES):
-                raise ModelDirError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes)")
+            n_header = header_bytes(file.read(8), size, str(path))
             text = file.read(n_header)
     except OSError as error:
         raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
-    data = 8 + n_header
+    return parse_header(text, size, str(path))
+
+
+def header_bytes(head: bytes, size: int, where: str) -> int:
+    """The length of the JSON header after the first 8 bytes of a file of this size.  Raises ModelDirError."""
+    n_header = int(struct.unpack("<Q", head)[0]) if len(head) == 8 else _MAX_HEADER_BYTES
+    if n_header >= min(size - 7, _MAX_HEADER_BYTES):
+        raise ModelDirError(f"{where}: not a safetensors file, or cut off inside its header ({size} bytes)")
+    return n_header
+
+
+def parse_header(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """Every tensor of a file of this size whose JSON header is text.  Raises ModelDirError as read_header does."""
+    data = 8 + len(text)
     try:
         entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         tensors = {
@@ -66,16 +78,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise ModelDirError(f"{path}: not a safetensors file (its header is not the JSON that belongs there)") from None
+        raise ModelDirError(
+            f"{where}: not a safetensors file (its header is not the JSON that belongs there)"
+        ) from None
     end = max((info.end for info in tensors.values()), default=data)
     if end != size:
         what = "truncated" if end > size else "longer than its header says"
-        raise ModelDirError(f"{path}: {what}: the header needs {end} bytes, the file has {size}")
+        raise ModelDirError(f"{where}: {what}: the header needs {end} bytes, the file has {size}")
     for name, info in tensors.items():
         item = np.dtype(_NUMPY[info.dtype]).itemsize if info.dtype in _NUMPY else None
         if info.end < info.start or (item and info.end - info.start != item * prod(info.shape)):
             raise ModelDirError(
-                f"{path}: tensor {name!r} has {info.end - info.start} bytes for {info.dtype} {info.shape}"
+                f"{where}: tensor {name!r} has {info.end - info.start} bytes for {info.dtype} {info.shape}"
             )
     return tensors
 
@@ -164,24 +178,79 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def write_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Iterable[bytes]]]) -> None:
-    """Write a safetensors file: name -> (dtype, shape, its bytes in chunks).  Complete or not there at all."""
-    header: dict[str, Any] = {}
+def blocks(path: Path, info: TensorInfo) -> Iterator[bytes]:
+    """The bytes of a tensor, some MB at a time: read, not mapped, so that they do not pile up in memory."""
+    with path.open("rb") as file:
+        file.seek(info.start)
+        left = info.end - info.start
+        while left:
+            block = file.read(min(left, _BLOCK_BYTES))
+            if not block:
+                raise ModelDirError(f"{path}: became shorter while it was read")
+            left -= len(block)
+            yield block
+
+
+def finite_blocks(
+    path: Path, name: str, info: TensorInfo, progress: Callable[[int, int], None] | None = None
+) -> Iterator[bytes]:
+    """The same, and each number looked at.  progress: called with (bytes done, bytes in all).
+
+    Raises ModelDirError: a value that is infinite or not a number.  Types that are not floats are not looked at.
+    """
+    done, total = 0, info.end - info.start
+    for block in blocks(path, info):
+        if info.dtype == "F32":
+            finite = bool(np.isfinite(np.frombuffer(block, np.float32)).all())
+        else:
+            exponent = {"F16": 0x7C00, "BF16": 0x7F80}.get(info.dtype)  # all ones: infinite, or not a number
+            finite = not exponent or bool(((np.frombuffer(block, np.uint16) & exponent) != exponent).all())
+        if not finite:
+            row = done * info.shape[0] // total if info.shape else 0
+            raise ModelDirError(f"{path}: {name} has values that are not finite, in row {row} or soon after")
+        yield block
+        done += len(block)
+        if progress:
+            progress(done, total)
+
+
+def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """The beginning of a file of tensors: name -> (dtype, shape, n bytes), which follow in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it, transformers refuses a file
     offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        n_bytes = np.dtype(_NUMPY[dtype]).itemsize * prod(shape)
+    for name, (dtype, shape, n_bytes) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
         offset += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64 + 56)  # so that the data begins on a multiple of 64 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Iterable[bytes]]]) -> None:
+    """Write a safetensors file: name -> (dtype, shape, its bytes in chunks).  Complete or not there at all."""
+    sizes = {name: np.dtype(_NUMPY[dtype]).itemsize * prod(shape) for name, (dtype, shape, _) in tensors.items()}
+    write_raw_tensors(path, {name: (*tensor[:2], sizes[name], tensor[2]) for name, tensor in tensors.items()})
+
+
+def write_raw_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int, Iterable[bytes]]]) -> None:
+    """The same for types that numpy lacks: name -> (dtype, shape, n bytes, its bytes in chunks).
+
+    Large blocks of zeros become holes in the file, which take no room.
+    """
+    header = build_header({name: (dtype, shape, n_bytes) for name, (dtype, shape, n_bytes, _) in tensors.items()})
+    wanted = sum(n_bytes for _, _, n_bytes, _ in tensors.values())
 
     def write(file: IO[bytes]) -> None:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, _, chunks in tensors.values():
+        file.write(header)
+        for _, _, _, chunks in tensors.values():
             for chunk in chunks:
-                file.write(chunk)
-        if file.tell() != 8 + len(text) + offset:
-            raise ModelDirError(f"{path}: {file.tell() - 8 - len(text)} bytes were written where {offset} belong")
+                if chunk == _ZEROS:
+                    file.seek(len(chunk), os.SEEK_CUR)
+                else:
+                    file.write(chunk)
+        file.truncate()
+        if file.tell() != len(header) + wanted:
+            raise ModelDirError(f"{path}: {file.tell() - len(header)} bytes were written where {wanted} belong")
 
     write_atomic(path, write)
 

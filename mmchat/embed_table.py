@@ -10,7 +10,7 @@ This module does not know which ids are special, nor what rows are used for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.checkpoint import Checkpoint, TensorFile, TensorInfo, to_float32, write_tensors
+from mmchat.checkpoint import Checkpoint, TensorFile, TensorInfo, finite_blocks, write_tensors
 from mmchat.errors import ModelDirError, PromptError
 
 _SUFFIX = "embed_tokens.weight"
@@ -134,28 +134,29 @@ def _widen_float16(half: NDArray[np.int16], out: NDArray[np.float32]) -> None:
     np.multiply(out, np.float32(2.0**112), out=out)
 
 
+def find_table(checkpoint: Checkpoint) -> str:
+    """The name of the embedding table among a checkpoint's tensors.
+
+    Raises ModelDirError: none, more than one, or one that is no table of floats.
+    """
+    names = [name for name in checkpoint if name.endswith(_SUFFIX)]
+    if len(names) > 1:  # a table of its own may lie beside the checkpoint it was taken from
+        names = [name for name in names if name != _SUFFIX]
+    if len(names) != 1:
+        raise ModelDirError(f"{checkpoint.folder}: has {len(names)} tensors named *{_SUFFIX}; exactly one is needed")
+    _check_rows(checkpoint.info(names[0]), f"{checkpoint.folder}: {names[0]}")
+    return names[0]
+
+
 def build_table(checkpoint: str | Path, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
     """Copy the embedding table out of a checkpoint folder into a file of its own, in constant memory.
 
-    progress: called with (rows done, rows in all).
+    progress: called with (bytes done, bytes in all).
 
     Raises ModelDirError: no table in the checkpoint, or a value in it that is not finite.
     """
     source = Checkpoint(checkpoint)
-    names = [name for name in source if name.endswith(_SUFFIX)]
-    if len(names) != 1:
-        raise ModelDirError(f"{checkpoint}: has {len(names)} tensors named *{_SUFFIX}; exactly one is needed")
-    info, table = source.info(names[0]), source.array(names[0])
-    _check_rows(info, f"{checkpoint}: {names[0]}")
-
-    def chunks() -> Iterator[bytes]:
-        step = max(1, 16_000_000 // (table.shape[1] * table.itemsize))
-        for start in range(0, len(table), step):
-            block = table[start : start + step]
-            if not np.isfinite(to_float32(block)).all():
-                raise ModelDirError(f"{checkpoint}: {names[0]} has values that are not finite near row {start}")
-            yield block.tobytes()
-            if progress:
-                progress(min(start + step, len(table)), len(table))
-
-    write_tensors(Path(path), {_SUFFIX: (info.dtype, info.shape, chunks())})
+    name = find_table(source)
+    info = source.info(name)
+    chunks = finite_blocks(source.file(name).path, name, info, progress)
+    write_tensors(Path(path), {_SUFFIX: (info.dtype, info.shape, chunks)})

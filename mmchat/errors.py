@@ -5,6 +5,8 @@ MmchatError                     catch this one
 ├── PromptError (ValueError)    a conversation has no valid prompt
 ├── ContextFull (ValueError)    the prompt and the answer do not fit the context
 ├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
+├── DownloadError               something could not be fetched, or is not what it should be
+├── DiskFull                    a result does not fit on the disk
 ├── StoreError                  the embedding store cannot be read or written
 │   └── MissingEmbeddings       it no longer has what a request refers to
 ├── SessionError (ValueError)   a session call that its state does not allow
@@ -56,6 +58,18 @@ class ContextFull(MmchatError, ValueError):
 
 class ModelDirError(MmchatError, ValueError):
     """A model folder, or a file in it, is missing, foreign or damaged."""
+
+
+class DownloadError(MmchatError):
+    """Something could not be fetched, or what came is not what the hub describes."""
+
+
+class DiskFull(MmchatError):
+    """A result does not fit on the disk.  needed, free: bytes."""
+
+    def __init__(self, folder: object, needed: int, free: int) -> None:
+        self.needed, self.free = needed, free
+        super().__init__(f"{folder}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free: make room")
 
 
 class StoreError(MmchatError):

@@ -38,8 +38,8 @@ _VISION_MODES = ("openvino", "navit", "square")
 _CORES = ("auto", "0", "1", "2", "0_1", "0_1_2", "all")
 _DEFAULT_CORES = "0_1_2"
 _TABLE_HINT = (
-    "python -c \"from mmchat.embed_table import build_table; build_table('CHECKPOINT', '{}')\" makes it "
-    "from the published checkpoint"
+    "mmchat convert table CHECKPOINT {} makes it from the published checkpoint; "
+    "mmchat pull --only table fetches no more than it"
 )
 _HINTS = {
     "llm": "rkllm-toolkit converts it on a PC; copy it here",

@@ -160,7 +160,7 @@ def test_a_missing_part_of_an_encoder_is_named_with_its_cure(navit: Path, name: 
     ("name", "cure"),
     [
         (LLM, "rkllm-toolkit converts it"),
-        (TABLE, f"build_table\\('CHECKPOINT', '{TABLE}'\\)"),
+        (TABLE, f"mmchat convert table CHECKPOINT {TABLE} makes it"),
         (VISION, "copy the encoder"),
         ("tokenizer.json", "from the published checkpoint"),
     ],

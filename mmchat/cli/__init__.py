@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmchat import __version__
-from mmchat.cli import options
+from mmchat.cli import converting, options
 
 app = typer.Typer(
     name="mmchat",
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(converting.app)
 
 store_app = typer.Typer(
     help="Look at the image embeddings kept on disk, check them, or remove them.", no_args_is_help=True
@@ -248,6 +249,27 @@ def clear(folder: options.StoreFolder = None, as_json: options.AsJson = False) -
 
     with options.errors_as_lines():
         storing.clear(folder, as_json)
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A model on the Hugging Face hub: owner/name.")],
+    to: Annotated[str | None, typer.Option("--to", metavar="DIR", help="[default: the model's name, here]")] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="PART", help="table, vision, llm or all; see the end of this help.")
+    ] = "all",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fetch a published checkpoint, or a part of it; interrupted, it goes on where it was.
+
+    table: the embedding table alone.  vision: the encoder's tensors alone.  llm: the files that hold the LLM.
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count.
+    """
+    from mmchat.cli import pulling
+
+    with options.errors_as_lines():
+        pulling.run(repo, to, only, revision, dry_run, as_json)
 
 
 def main() -> None:

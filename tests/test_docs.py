@@ -1,0 +1,87 @@
+"""docs: every command in them runs, on the demo model and a hub of the tests' own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmchat.model_dir import open_model
+from tests.fake_hub import FakeHub
+from tests.test_cli import mmchat_command, run_here
+from tests.test_convert import sharded
+from tests.test_demo import picture
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PUBLISHED = "openbmb/MiniCPM-V-2_6"
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to run commands in, with a picture; the hub has the demo as the published model."""
+    pytest.importorskip("onnx")
+    checkpoint = sharded(tmp_path / "published", 2)
+    hub = FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()})
+    hub.repo = PUBLISHED
+    place = tmp_path / "here"
+    place.mkdir()
+    picture("circle", "red", "blue").save(place / "picture.png")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    with hub:
+        yield place
+
+
+def run(page: str) -> None:
+    for block in blocks(page, "sh"):
+        for line in block.splitlines():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "mmchat", line
+            if words[0] == "doctor":
+                assert run_here(*words)[0] in (0, 1)  # 1: this machine has a problem
+            else:
+                mmchat_command(*words)
+
+
+def test_every_command_for_a_pc_runs(here: Path) -> None:
+    run("pc.md")
+    assert open_model(here / "CHECKPOINT").llm.n_layers == 4
+
+
+def test_every_command_for_a_board_runs_and_the_folder_opens(here: Path) -> None:
+    """With mmchat.json as the page shows it, filled in for the demo, and any file for the LLM."""
+    run("board.md")
+    assert sorted(os.listdir(here)) == ["CHECKPOINT", "board", "picture.png", "qwen2", "table.safetensors", "vision"]
+    board = here / "board"
+    (board / "model.rkllm").write_bytes(b"an LLM")
+    (text,) = blocks("board.md", "json")
+    description = json.loads(text)
+    description.update(hidden_size=192, context_rows=2048)
+    for name, values in description["files"].items():
+        content = (board / name).read_bytes()
+        values.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (board / "mmchat.json").write_text(json.dumps(description))
+    spec = open_model(board)
+    assert spec.board is not None
+    assert spec.board.stop_ids == {151643, 151645}
+    assert spec.encoder_digest == open_model("demo").encoder_digest
+
+
+def test_the_messages_that_are_explained_are_those_of_the_code() -> None:
+    code = " ".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in (DOCS.parent / "mmchat").rglob("*.py")
+    )
+    code = re.sub(r"\{[^{}]*\}", "...", code)
+    for message in re.findall(r"^\| `([^`]+)` \|", (DOCS / "pc.md").read_text(encoding="utf-8"), re.M):
+        for part in re.split(r"[;,] |\.\.\.|'all'", message):
+            assert part.strip() in code, message
