@@ -31,6 +31,7 @@ class Runtime:
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self.parallel = not (rkllm and rkllm.npu)  # whether encoder and LLM may work at the same time
 
     @property
     def context_rows(self) -> int:
@@ -63,6 +64,10 @@ class Runtime:
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
         )
+
+    def ready(self) -> None:
+        """Wait until the LLM is loaded.  Raises ModelDirError, WorkerDied, WorkerTimeout."""
+        self.llm.worker.ready()
 
     def close(self) -> None:
         """End both workers.  Idempotent."""

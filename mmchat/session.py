@@ -284,7 +284,8 @@ class Session:
         wanted = [part for part in prepared if not isinstance(part, str)]
         slices = [pair for part in wanted for pair in zip(part.keys, part.slices, strict=True)]
         missing = {key: pixels for key, pixels in slices if not self._store.has(key)}
-        reply.count(slices_cached=len(slices) - len(missing))
+        counted = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached  # by encode_ahead
+        reply.count(slices_cached=max(0, len(slices) - len(missing) - counted))
         self._encode_slices(reply, missing)
 
     def _encode_slices(self, reply: Reply, missing: dict[str, NDArray[np.uint8]]) -> None:
@@ -390,6 +391,14 @@ class Reply:
         """Counts and times; waits for the end."""
         self._finish()
         return self.usage_so_far
+
+    def encode_ahead(self) -> None:
+        """Encode the pictures now, before this answer is run: from any thread, while another one runs.
+
+        Where the encoder and the LLM share an NPU, it waits for its turn.  Raises EngineError, StoreError.
+        """
+        if self._prepared is not None:
+            self._session._encode(self, self._prepared)
 
     def cancel(self) -> None:
         """End the answer soon; from any thread.  What was shown is kept."""
