@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vision_proc", "llm_proc"),
     ("session",),
     ("runtime", "transcript", "calibrate"),
+    ("video",),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
