@@ -58,10 +58,11 @@ class Opened:
             self.container: InputContainer = av.open(
                 place, format=format, options=options, timeout=(OPEN_S, SILENCE_S), metadata_errors="replace"
             )
-        if not self.container.streams.video:
+        tracks = [track for track in self.container.streams.video if track.codec_context]  # None: an unknown codec
+        if not tracks:
             self.container.close()
-            raise VideoError(f"{name}: holds no moving pictures")
-        self.stream: VideoStream = self.container.streams.video[0]
+            raise VideoError(f"{name}: holds no moving pictures that can be decoded")
+        self.stream: VideoStream = tracks[0]
         self.stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         self.rate = float(self.stream.average_rate) if self.stream.average_rate else None
         self.length = self._length()

@@ -50,7 +50,7 @@ class Stream:
                             yield Frame(index, time.monotonic() - began, 0.0, read, at=time.time())
                         index += 1
             except VideoError as error:
-                why = str(error)
+                why = str(error).removeprefix(f"{self.name}: ")
             if stop.is_set():
                 return
             yield Notice(f"{self.name}: {why}; trying again in {wait_s:g} s")
