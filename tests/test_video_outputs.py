@@ -47,8 +47,8 @@ def runs(draw: st.DrawFn) -> list[Caption]:
         text = made[-1].text if carried else draw(TEXTS)
         made.append(
             Caption(
-                round(time, 6), round(time + length, 6), index * 25, text, carried, f"{index + 16:x}".ljust(64, "0"), drops=index,
-                usage=Usage(n_prompt=index, total_s=0.5), at=1.5 if index % 2 else None, name="a<b>.png",
+                round(time, 6), round(time + length, 6), index * 25, text, carried, f"{index + 16:x}".ljust(64, "0"),
+                drops=index, usage=Usage(n_prompt=index, total_s=0.5), at=1.5 if index % 2 else None, name="a<b>.png",
             )
         )  # fmt: skip
         time += length * draw(st.sampled_from([1.0, 0.5, 2.0]))
