@@ -2,6 +2,7 @@
 
 MmchatError                     catch this one
 ├── ImageError (ValueError)     a picture cannot be read or cut
+├── VideoError (ValueError)     a source of frames cannot be opened, or not be captioned as asked
 ├── PromptError (ValueError)    a conversation has no valid prompt
 ├── ContextFull (ValueError)    the prompt and the answer do not fit the context
 ├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
@@ -29,6 +30,10 @@ class MmchatError(Exception):
 
 class ImageError(MmchatError, ValueError):
     """A picture cannot be read or cut; the text names the picture and the reason."""
+
+
+class VideoError(MmchatError, ValueError):
+    """A source of frames cannot be opened, or not be captioned as asked; the text names the source or the value."""
 
 
 class PromptError(MmchatError, ValueError):

@@ -33,6 +33,7 @@ class Runtime:
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = open_vision(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self.parallel = not (rkllm and rkllm.npu)  # whether encoder and LLM may work at the same time
         self._rkllm = rkllm
         self._outlook = _outlook(rkllm.profile) if rkllm else Outlook()
 
@@ -82,6 +83,10 @@ class Runtime:
             policy=policy,
             outlook=self._outlook,
         )
+
+    def ready(self) -> None:
+        """Wait until the LLM is loaded.  Raises ModelDirError, WorkerDied, WorkerTimeout."""
+        self.llm.worker.ready()
 
     def close(self) -> None:
         """End both workers.  Idempotent."""

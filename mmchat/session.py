@@ -466,7 +466,9 @@ class Session:
             lacking = {key for key in part.keys if not self._store.has(key)}
             if lacking:
                 missing.update(pair for pair in zip(part.keys, part.slices(), strict=True) if pair[0] in lacking)
-        reply.count(slices_cached=sum(len(part.keys) for part in wanted) - len(missing))
+        n_slices = sum(len(part.keys) for part in wanted)
+        counted = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached  # by encode_ahead
+        reply.count(slices_cached=max(0, n_slices - len(missing) - counted))
         self._encode_slices(reply, missing)
 
     def _encode_slices(self, reply: Reply, missing: dict[str, NDArray[np.uint8]]) -> None:
@@ -600,6 +602,14 @@ class Reply:
     def degraded(self) -> tuple[Change, ...]:
         """What is sent otherwise from this answer on, for it would not have fitted; waits for the end."""
         return self.plan.degraded
+
+    def encode_ahead(self) -> None:
+        """Encode the pictures now, before this answer is run: from any thread, while another one runs.
+
+        Where the encoder and the LLM share an NPU, it waits for its turn.  Raises EngineError, StoreError.
+        """
+        if self._prepared is not None:
+            self._session._encode(self, self._prepared)
 
     def cancel(self) -> None:
         """End the answer soon; from any thread.  What was shown is kept."""

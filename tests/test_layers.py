@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fetch",),
     ("convert", "pull"),
     ("runtime", "transcript", "calibrate"),
-    ("bench",),
+    ("bench", "video"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

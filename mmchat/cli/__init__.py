@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -125,6 +126,104 @@ def chat(
             options.Opening(model, engine, store, context, threads),
             options.Talk(system, max_slices, reference_pixels, stats, as_json),
             options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
+        )
+
+
+@app.command()
+def caption(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A video file, a picture, a folder or a 'glob' of pictures, a camera (/dev/video0), or an rtsp:// or "
+            "http:// address."
+        ),
+    ],
+    question: Annotated[
+        str, typer.Option("--ask", metavar="TEXT", help="Ask this about each frame. [default: describe it]")
+    ] = "",
+    every: Annotated[
+        str | None, typer.Option(metavar="TIME", help="From frame to frame: 2s, 500ms, 1m; 0 is all. [default: 1s]")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="The same as frames per second.")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="At most so many frames, spread over a file; the first ones of a stream.")
+    ] = None,
+    official: Annotated[
+        bool, typer.Option("--official", help="The published recipe: 1 frame per second, at most 64, 2 slices.")
+    ] = False,
+    changed: Annotated[
+        float,
+        typer.Option(help="Ask only where this share of the picture has changed, as 0.1; else carry the caption."),
+    ] = 0.0,
+    window: Annotated[int, typer.Option(min=1, help="Frames per question.")] = 1,
+    story: Annotated[int, typer.Option(min=0, help="The last N captions go with each question.")] = 0,
+    question_first: Annotated[
+        bool, typer.Option("--question-first", help="Before the picture, where it is computed only once.")
+    ] = False,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", "-o", metavar="FILE", help="A .jsonl, .srt, .vtt, .csv or .html file; repeatable."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="A page of thumbnails and captions.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run was; needs --out FILE.jsonl.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    when: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Keep only captions with these words, as 'yes'.")
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            "--exec", metavar="COMMAND", help="Run it for each new caption, which is in $MMCHAT_CAPTION and on stdin."
+        ),
+    ] = None,
+    model: options.Model = "demo",
+    engine: options.Engine = "auto",
+    system: options.System = None,
+    max_slices: Annotated[
+        int | None, typer.Option(min=1, help="Cells per picture at most; 1 never cuts. [default: 1; --official: 2]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a caption at most. [default: 128]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 always takes the most likely token. [default: 0]")
+    ] = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    store: options.StoreFolder = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Caption a video, pictures, a camera or a stream, for as long as it lasts.
+
+    Example: mmchat caption street.mp4 --every 2s --changed 0.1 -o street.srt
+    """
+    from mmchat.cli import captioning
+
+    with options.errors_as_lines():
+        captioning.caption(
+            source,
+            captioning.plan_of(
+                captioning.pace_of(every, fps, max_frames, official),
+                ask=question,
+                system=system,
+                changed=changed,
+                window=window,
+                story=story,
+                max_slice_nums=max_slices or (2 if official else 1),
+                question_first=question_first,
+                sampling=options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
+            ),
+            options.Opening(model, engine, store, context, threads),
+            captioning.Wanted((*(out or ()), *([page] if page else ())), resume, overwrite, when, command, as_json),
         )
 
 

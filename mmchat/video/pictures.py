@@ -1,0 +1,87 @@
+"""Sources made of single pictures: files, and whatever a program hands over."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmchat.errors import VideoError
+from mmchat.images import read_image
+from mmchat.video.values import Frame, Notice
+
+if TYPE_CHECKING:
+    from mmchat.images import ImageSource
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
+
+
+class Pictures:
+    """Picture files, one per second."""
+
+    live: bool = False
+    rate: float | None = 1.0
+    length: float | None
+
+    def __init__(self, name: str, paths: Sequence[Path]) -> None:
+        """Raises VideoError where there is none."""
+        if not paths:
+            raise VideoError(f"{name}: no pictures there ({', '.join(sorted(SUFFIXES))})")
+        self.name, self._paths = name, sorted(paths, key=_as_people_count)
+        self.length = float(len(paths))
+
+    def times(self) -> list[float] | None:
+        return [float(number) for number in range(len(self._paths))]
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame | Notice]:
+        for number, path in enumerate(self._paths):
+            name = path.name.encode(errors="backslashreplace").decode()
+            yield Frame(number, float(number), 1.0, partial(read_image, path), name)
+
+
+class Arrays:
+    """Pictures that an iterator yields: whatever mmchat.images.open_image takes, or (seconds, picture).
+
+    rate: pictures per second where no seconds are given.  live: the iterator does not wait: the newest picture wins,
+    and times are those of its coming.
+    """
+
+    rate: float | None
+    length: float | None = None
+
+    def __init__(
+        self, pictures: Iterable[Any], *, rate: float = 1.0, live: bool = False, name: str = "the iterator"
+    ) -> None:
+        self.name, self.live, self.rate = name, live, rate
+        self._pictures, self._shown = pictures, 1 / rate
+
+    def times(self) -> list[float] | None:
+        return None
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame | Notice]:
+        began = time.monotonic()
+        for number, item in enumerate(self._pictures):
+            if stop.is_set():
+                return
+            seconds, picture = _timed(item, number * self._shown)
+            if self.live:
+                yield Frame(number, time.monotonic() - began, 0.0, partial(read_image, picture), at=time.time())
+            else:
+                yield Frame(number, seconds, self._shown, partial(read_image, picture))
+
+
+def _timed(item: Any, seconds: float) -> tuple[float, ImageSource]:
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (int, float)):
+        return float(item[0]), item[1]
+    return seconds, item
+
+
+def _as_people_count(path: Path) -> list[tuple[int, int, str]]:
+    """frame2 before frame10."""
+    parts = re.split(r"(\d+)", os.fspath(path))
+    return [(0, int(part), part) if part.isascii() and part.isdecimal() else (1, 0, part) for part in parts]
