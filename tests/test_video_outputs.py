@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmchat.errors import VideoError
-from mmchat.session import Usage
+from mmchat.record import Usage
 from mmchat.video import Caption
 from mmchat.video.journal import Journal
 from mmchat.video.matches import Command, matches

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mmchat.errors import ContextFull, EngineError, ImageError, MmchatError, StoreError, VideoError
-from mmchat.session import Usage
+from mmchat.record import Usage
 from mmchat.video.gate import Gate
 from mmchat.video.pace import Pace
 from mmchat.video.values import Caption, Shot, clock
