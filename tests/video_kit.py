@@ -18,8 +18,9 @@ from PIL import Image
 from mmchat.engine import Event, Piece, Sampling
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer
+from mmchat.record import Usage
 from mmchat.runtime import Runtime
-from mmchat.session import Session, Usage
+from mmchat.session import Session
 from mmchat.store import Store
 from mmchat.video import Caption, Frame, Notice, Source
 from tests.fakes import FakeEngine, FakeVision

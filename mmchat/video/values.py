@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mmchat.session import Usage
+from mmchat.record import Usage
 
 if TYPE_CHECKING:
     import threading
