@@ -18,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmchat import prompt
 from mmchat.errors import ContextFull, EngineError, ImageError, ModelDirError, VideoError, WorkerDied
+from mmchat.prompt import ChatTokenizer
 from mmchat.video import Arrays, Caption, captions, open_source
 from mmchat.video.gate import Gate
 from mmchat.video.pace import Pace, official_times, seconds_of, spread
 from mmchat.video.values import Frame, Notice, Shot
 from tests.fakes import eventually
-from tests.video_kit import COLOURS, FakeRuntime, colour, distinct, make_video, many, without_usage
+from tests.video_kit import COLOURS, SPEC, FakeRuntime, colour, distinct, make_video, many, without_usage
 
 ASK: dict[str, Any] = {"max_new_tokens": 3}
 
@@ -467,8 +469,12 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_nothing_is_kept_of_a_frame(fake: FakeRuntime) -> None:
+def test_nothing_is_kept_of_a_frame(fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caption that were kept would take some 700 bytes; Pillow and the type cache fill up with 100 at first."""
+    # What is remembered of texts is bounded, but by more than the frames of this test.
+    monkeypatch.setattr(prompt, "_KNOWN_MESSAGES", 8)
+    monkeypatch.setattr(prompt, "_KNOWN_TEXTS", 8)
+    fake.tokenizer = ChatTokenizer(SPEC.tokenizer_path)
     running = captions(fake.rt, map(distinct, itertools.count()), changed=0.01, story=2, max_new_tokens=1)
 
     def python_bytes_after(n: int) -> int:

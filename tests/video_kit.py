@@ -72,7 +72,7 @@ class FakeRuntime:
         self.parallel = True
 
     def session(self, system: str | None = None, **options: Any) -> Session:
-        return Session(SPEC, TOKENIZER, self.store, self.vision, self.engine, system=system, **options)
+        return Session(SPEC, self.tokenizer, self.store, self.vision, self.engine, system=system, **options)
 
     def ready(self) -> None: ...
 
