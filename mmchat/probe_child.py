@@ -43,6 +43,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
         "family": found.family,
         "version": found.version or found.family,
         "evidence": list(found.evidence),
+        "ends_runs": model.family.run_sampling,
         "load_s": round(time.perf_counter() - started, 2),
     }
     store = Store(config["store"], DEFAULT_CAP_BYTES) if config["store"] else None

@@ -54,6 +54,13 @@ class Runs:
         """Tokens of answers that are only compared: few, where the abort that this may take does no harm."""
         return EQUAL_TOKENS if self.profile.probes.get("abort", {}).get("usable") else ANSWER_TOKENS
 
+    @property
+    def unaborted(self) -> int:
+        """Tokens of answers whose counters are looked at, which an aborted run does not have: few, where the library
+        ends a run by itself.
+        """
+        return EQUAL_TOKENS if self.worker.ready()["ends_runs"] else ANSWER_TOKENS
+
     def turn(self, seed: int, answer: list[int] | None = None, *, image: int | None = None) -> Rows:
         """A question about a made-up picture; with its answer, a second question follows."""
         colour = ("red", "blue", "green", "white")[seed % 4]

@@ -96,7 +96,9 @@ def prefix(runs: Runs) -> dict[str, Any]:
         if told["aborted"]:
             continue
         second = runs.turn(seed, told["ids"])
-        grown = runs.run(second, clear=False, max_new=runs.short)
+        grown = runs.run(second, clear=False, max_new=runs.unaborted)
+        if grown["aborted"]:
+            continue
         if grown["prefilled"] is None:
             return {**result, "why": "the library cannot tell how many rows it prefilled"}
         if grown["ids"][:EQUAL_TOKENS] != runs.beginning(second):
@@ -115,8 +117,10 @@ def prefix(runs: Runs) -> dict[str, Any]:
     for seed in range(3 * TRIALS):
         before, after = runs.turn(seed), runs.turn(seed, image=seed + 1000)
         old, new = runs.beginning(before), runs.beginning(after)
-        runs.run(before, max_new=runs.short)
-        changed = runs.run(after, clear=False, max_new=runs.short)
+        runs.run(before, max_new=runs.unaborted)
+        changed = runs.run(after, clear=False, max_new=runs.unaborted)
+        if changed["aborted"]:
+            continue
         result["telling"] += old != new
         n_same = next(i for i, item in enumerate(before) if not isinstance(item, int))
         if changed["ids"][:EQUAL_TOKENS] != new or changed["prefilled"] < changed["n_rows"] - n_same:

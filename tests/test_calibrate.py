@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import mmchat
 from mmchat import calibrate as calibration
-from mmchat import probe_ladder, probes
+from mmchat import probe_ladder, probe_runs, probes
 from mmchat.calibrate import Report, Step, calibrate
 from mmchat.cli import app
 from mmchat.engine import Done, ImageRows, Piece, Sampling, Tokens
@@ -79,6 +79,18 @@ def test_it_finds_what_the_library_does(
     assert report.probes["repeats"]["good"]
     assert report.probes["files"]["good"]
     assert report.probes["abort"]["usable"]
+
+
+@pytest.mark.parametrize("family", ["1.2.1-1.2.3", "1.3.0"])
+@pytest.mark.usefixtures("short_ladder")
+def test_answers_longer_than_what_is_compared_change_nothing(
+    family: str, board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 1.2.3 they are aborted, and an aborted run has no counters."""
+    monkeypatch.setattr(probe_runs, "EQUAL_TOKENS", 2)
+    monkeypatch.setattr(probes, "EQUAL_TOKENS", 2)
+    report = run(board(family))
+    assert (report.profile.strategy, report.profile.rewinds) == ("prefix", True)
 
 
 # What a KV cache may do, and the strategy for it where a library can tell how many rows it holds.

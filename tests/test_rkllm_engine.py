@@ -94,22 +94,26 @@ def reuse_of(strategy: Strategy, family: str) -> Callable[[Answer, int, int], in
     return reused
 
 
-CASES: list[tuple[str, Strategy, str]] = [
-    ("1.1", "resend", ""),
-    ("1.2.0", "resend", ""),
-    ("1.2.1b1", "resend", ""),
-    ("1.2.1-1.2.3", "append", "append"),
-    ("1.3.0", "prefix", ""),
+# (family, strategy, the library's cache, the longest run that does not crash)
+CASES: list[tuple[str, Strategy, str, int | None]] = [
+    ("1.1", "resend", "", None),
+    ("1.2.0", "resend", "", None),
+    ("1.2.1b1", "resend", "", None),
+    ("1.2.1-1.2.3", "append", "append", None),
+    ("1.3.0", "append", "append", 64),
+    ("1.3.0", "prefix", "", None),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(filter(None, case)))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(str(one) for one in case if one))
 def loaded(request: pytest.FixtureRequest, store: Store) -> Iterator[Loaded]:
-    family, strategy, kv = request.param
+    family, strategy, kv, safe_rows = request.param
     with pytest.MonkeyPatch.context() as patch:
         if kv:
             patch.setenv("RKLLM_STANDIN_KV", kv)
-        engine = Loaded(family, store, strategy)
+        if safe_rows:
+            patch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", str(safe_rows))
+        engine = Loaded(family, store, strategy, safe_rows)
         engine.case = request.param  # type: ignore[attr-defined]
         yield engine
         engine.close()
@@ -118,7 +122,7 @@ def loaded(request: pytest.FixtureRequest, store: Store) -> Iterator[Loaded]:
 class TestRkllm(EngineContract):
     @pytest.fixture
     def kit(self, store: Store, loaded: Any) -> Kit:
-        family, strategy, _ = loaded.case
+        family, strategy, *_ = loaded.case
         return Kit(loaded.load, TOKENIZER, store, TABLE.width, reuse_of(strategy, family), repeats=False)
 
 
