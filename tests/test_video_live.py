@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import socketserver
+import struct
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -127,6 +130,88 @@ def test_a_stream_that_never_works_is_an_error_at_once(act: str, tmp_path: Path)
                 open_source(camera.address)
         finally:
             camera.close()
+
+
+class RtspCamera:
+    """RTSP on loopback, as little of RFC 2326 as plays: a transport stream in RTP over the same connection.
+
+    It wants a password in the address, hangs up after the whole video, and may be asked again.
+    """
+
+    def __init__(self, video: Path) -> None:
+        self.requests: list[str] = []
+        outer, data = self, video.read_bytes()
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                while request := self.rfile.readline().decode().strip():
+                    headers = dict(iter(lambda: self._header(), ("", "")))
+                    outer.requests.append(request.split()[0])
+                    self._answer(request.split()[0], headers)
+                    if request.startswith("PLAY"):
+                        self._play()
+                        return
+
+            def _header(self) -> tuple[str, str]:
+                name, _, value = self.rfile.readline().decode().partition(":")
+                return name.strip().lower(), value.strip()
+
+            def _answer(self, method: str, headers: dict[str, str]) -> None:
+                sdp = (
+                    "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
+                )
+                more = {
+                    "OPTIONS": "Public: DESCRIBE, SETUP, PLAY\r\n",
+                    "DESCRIBE": f"Content-Type: application/sdp\r\nContent-Length: {len(sdp)}\r\n",
+                    "SETUP": "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n",
+                    "PLAY": "Session: 1\r\n",
+                }[method]
+                status = "200 OK"
+                if "authorization" not in headers and method == "DESCRIBE":
+                    status, more, sdp = "401 Unauthorized", 'WWW-Authenticate: Basic realm="camera"\r\n', ""
+                head = f"RTSP/1.0 {status}\r\nCSeq: {headers['cseq']}\r\n{more}\r\n"
+                self.wfile.write((head + (sdp if method == "DESCRIBE" else "")).encode())
+
+            def _play(self) -> None:
+                with contextlib.suppress(OSError):
+                    for number, start in enumerate(range(0, len(data), 188 * 7)):
+                        rtp = struct.pack(">BBHII", 0x80, 33, number & 0xFFFF, number * 900, 1)
+                        packet = rtp + data[start : start + 188 * 7]
+                        self.wfile.write(struct.pack(">cBH", b"$", 0, len(packet)) + packet)
+                        time.sleep(0.005)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = allow_reuse_address = True
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.address = f"rtsp://user:secret@127.0.0.1:{self._server.server_address[1]}/live"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_rtsp_stream_is_read_and_asked_for_again(video: Path, tmp_path: Path) -> None:
+    camera = RtspCamera(video)
+    notices: list[str] = []
+    try:
+        running = captions(
+            FakeRuntime(tmp_path / "store").rt, camera.address, every=0, on_notice=notices.append, max_new_tokens=1
+        )
+        got: list[Caption] = []
+        deadline = time.monotonic() + 120
+        while camera.requests.count("PLAY") < 3:
+            got.append(next(running))
+            assert time.monotonic() < deadline
+        running.close()
+    finally:
+        camera.close()
+    assert len(got) > 3
+    assert [caption.index for caption in got] == sorted({caption.index for caption in got})
+    assert sum("trying again in" in notice for notice in notices) >= 1
+    assert not any("secret" in notice for notice in notices)
 
 
 # A camera, at the boundary to PyAV: no test machine has one

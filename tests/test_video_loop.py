@@ -214,7 +214,7 @@ def test_values_that_are_no_use_are_refused_at_once(fake: FakeRuntime, options: 
 
 def test_an_impossible_number_of_slices_is_refused_at_once(fake: FakeRuntime) -> None:
     with pytest.raises(ImageError, match="max_slice_nums"):
-        captions(fake.rt, [distinct(0)], max_slice_nums=-1)
+        captions(fake.rt, [distinct(0)], max_slice_nums=0)
 
 
 # The gate

@@ -164,16 +164,15 @@ class Answers:
 
     def _answer(self, job: Job) -> tuple[str, StopReason, Usage]:
         ahead = job.reply.usage_so_far if job.reply else Usage()
+        story = list(self._story)
         while True:
-            reply = job.reply
-            if reply is None or self._story:
-                reply = self._asker.ask(job.pictures, tuple(self._story))
+            reply = self._asker.ask(job.pictures, story) if story or job.reply is None else job.reply
             try:
                 text = reply.text
             except ContextFull:
-                if not self._story:
+                if not story:
                     raise
-                self._story.popleft()
+                del story[0]  # a shorter one, this time
                 continue
             usage = reply.usage
             if reply is not job.reply:

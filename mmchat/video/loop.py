@@ -78,7 +78,7 @@ def captions(
         changed=changed,
         window=window,
         story=story,
-        max_slice_nums=max_slice_nums or (2 if official else 1),
+        max_slice_nums=(2 if official else 1) if max_slice_nums is None else max_slice_nums,
         use_image_id=use_image_id,
         question_first=question_first,
         sampling=sampling,
