@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmchat.engine import Sampling
     from mmchat.errors import (
+        BundleError,
         ContextFull,
         EngineBusy,
         EngineError,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOME = {
     "engine": ("Sampling",),
     "errors": (
+        "BundleError",
         "ContextFull",
         "EngineBusy",
         "EngineError",
@@ -57,6 +59,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BundleError",
     "ContextFull",
     "EngineBusy",
     "EngineError",

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
-    ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi"),
+    ("slicing", "frames", "sections", "checkpoint", "store", "engine", "rkllm_abi"),
     ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
     ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor"),
