@@ -53,13 +53,17 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Section:
-    """kind: four letters.  values: its map.  data_at, n_bytes, crc: where its data lies, and its CRC-32."""
+    """kind: four letters.  values: its map.  data_at, n_bytes, crc: where its data lies, and its CRC-32.
+
+    size: bytes that all of it takes.
+    """
 
     kind: str
     values: dict[str, Any]
     data_at: int
     n_bytes: int
     crc: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,27 @@ class SectionFile:
         return file
 
     @classmethod
-    def create(cls, path: Path, sections: Iterable[bytes | memoryview], *, overwrite: bool = True) -> SectionFile:
+    def create(
+        cls,
+        path: Path,
+        sections: Iterable[bytes | memoryview],
+        *,
+        overwrite: bool = True,
+        replaces: SectionFile | None = None,
+    ) -> SectionFile:
         """A new file of what pack made, in the place of one that is there: complete, or not there at all.
 
-        overwrite=False refuses a path that is taken.  Nobody but this object may add sections to it.
+        overwrite=False refuses a path that is taken.  replaces: the caller's own file there.  Nobody but the new
+        object may add sections to the new file.
 
-        Raises BundleError: it cannot be written.
+        Raises BundleError: it cannot be written, or another program adds sections to the file that is there.
         """
         path = Path(os.path.realpath(path))
         try:
             if path.exists() and not (overwrite and path.is_file()):
                 raise BundleError(f"{path}: {'is not a file' if overwrite else 'is there already'}")
+            if path.exists() and not (replaces and replaces.is_in_place()):
+                cls(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))._lock()
             descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         except OSError as error:
             raise BundleError(f"{path}: {_cannot('written', error)}") from None
@@ -233,7 +247,8 @@ class SectionFile:
             return f"a section is not msgpack ({type(error).__name__})"
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             return "a section is no map"
-        return Section(kind, values, map_at + n_map, n_data, data_crc)
+        size = _SECTION.size + _CRC.size + n_map + n_data
+        return Section(kind, values, map_at + n_map, n_data, data_crc, size)
 
     def _checked(self, at: int, section: Section) -> Section | Damage:
         crc = 0

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
     ("slicing", "frames", "sections", "checkpoint", "store", "engine", "rkllm_abi"),
-    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect"),
+    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect", "bundle"),
     ("embedding", "doctor_npu", "profile"),
     ("openvino_graphs", "doctor"),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),

@@ -261,6 +261,8 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     file = write(path, SMALL)
     with pytest.raises(BundleError, match="another conversation is being saved there"):
         SectionFile.open(path, write=True)
+    with pytest.raises(BundleError, match="another conversation is being saved there"):
+        SectionFile.create(path, [])
     assert read(path) == (SMALL, [])
     file.unlock()
     other = SectionFile.open(path, write=True)
@@ -338,7 +340,8 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is there already"):
         SectionFile.create(path, [], overwrite=False)
     assert old.is_in_place()
-    new = SectionFile.create(tmp_path / "link", pack(*SMALL[2]))
+    newer = SectionFile.create(tmp_path / "link", pack(*SMALL[1]))
+    new = SectionFile.create(tmp_path / "link", pack(*SMALL[2]), replaces=newer)
     assert new.is_in_place()
     assert not old.is_in_place()
     assert (tmp_path / "link").is_symlink()
