@@ -32,8 +32,9 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerTimeout,
     )
+    from mmchat.record import ImageHandle, Turn, Usage
     from mmchat.runtime import Runtime, open
-    from mmchat.session import ImageHandle, Reply, Session, Turn, Usage
+    from mmchat.session import Reply, Session
 
 __version__ = "0.1.0"
 
@@ -54,8 +55,9 @@ _HOME = {
         "WorkerError",
         "WorkerTimeout",
     ),
+    "record": ("ImageHandle", "Turn", "Usage"),
     "runtime": ("Runtime", "open"),
-    "session": ("ImageHandle", "Reply", "Session", "Turn", "Usage"),
+    "session": ("Reply", "Session"),
 }
 
 __all__ = [

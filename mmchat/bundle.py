@@ -26,6 +26,7 @@ This module knows files and values: no model, no tokenizer, no session.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -155,6 +156,7 @@ class Bundle:
                     self._take(found)
                 except _Wrong as error:
                     self._lose(f"{_KINDS[found.kind]} ({error})")
+        self._refuse_doubles()
         turns = tuple(turn for turn, _ in self._turns)
         self.record = SavedRecord(self._settings or SavedSettings(), self._model, turns, self._state)
         self._tell()
@@ -240,6 +242,16 @@ class Bundle:
         else:
             self._lose(f"everything from byte {damage.at} on ({damage.why})")
 
+    def _refuse_doubles(self) -> None:
+        """Every id is one picture."""
+        known: dict[str, SavedImage] = {}
+        for n, (turn, _) in enumerate(self._turns):
+            for image in turn.images:
+                if known.setdefault(image.id, image) != image:
+                    self._lose(f"turn {n + 1} and what comes after it ({image.id} is two pictures)")
+                    del self._turns[n:]
+                    return
+
     def _tell(self) -> None:
         """What is only known when all was read."""
         if not self._is_complete:
@@ -292,9 +304,7 @@ class Journal:
         Raises BundleError: it cannot be written, is taken (overwrite=False), or belongs to another conversation that
         is being saved.
         """
-        journal = cls(cast(SectionFile, None), _NOTHING, set(), set())
-        journal._create(Path(path), record, picture, rows, overwrite, None)
-        return journal
+        return cls(*_create(Path(path), record, picture, rows, overwrite, None))
 
     @classmethod
     def resume(cls, bundle: Bundle) -> Journal:
@@ -308,12 +318,17 @@ class Journal:
             raise _unwritable(bundle.path, error) from None
         return cls(bundle.file, bundle.record, set(bundle.pictures), set(bundle.keys))
 
+    @classmethod
+    def replace(cls, bundle: Bundle, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> Journal:
+        """A new file in the place of a bundle that was opened with write=True.  Raises BundleError."""
+        return cls(*_create(bundle.path, record, picture, rows, True, bundle.file))
+
     @property
     def path(self) -> Path:
         return self._file.path
 
-    def write(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> int:
-        """Add what has changed since, and return when it is on disk; the bytes added.  All of it, or none.
+    def write(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> None:
+        """Add what has changed since, and return when it is on disk.  All of it is there then, or none.
 
         Where somebody removed the file, it is made again.
 
@@ -322,38 +337,54 @@ class Journal:
         if not self._file.is_in_place():
             if self.path.exists():
                 raise BundleError(f"{self.path}: was replaced by another program; save the conversation elsewhere")
-            return self._create(self.path, record, picture, rows, False, self._file)
+            self.rewrite(record, picture, rows)
+            return
         pictures, keys = set(self._pictures), set(self._keys)
         try:
-            n_bytes = self._file.append(_added(record, self._record, pictures, keys, picture, rows))
+            self._file.append(_added(record, self._record, pictures, keys, picture, rows))
         except OSError as error:
             raise _unwritable(self.path, error) from None
         self._record, self._pictures, self._keys = record, pictures, keys
-        return n_bytes
 
-    def rewrite(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> int:
+    def rewrite(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> None:
         """Write the file anew, without what was taken back.  Raises BundleError, and the old one is there still."""
-        return self._create(self.path, record, picture, rows, True, self._file)
+        made = _create(self.path, record, picture, rows, True, self._file)
+        self._file, self._record, self._pictures, self._keys = made
 
     def close(self) -> None:
         """Others may write to the file from now on."""
         self._file.unlock()
 
-    def _create(
-        self,
-        path: Path,
-        record: SavedRecord,
-        picture: PictureOf,
-        rows: RowsOf,
-        overwrite: bool,
-        replaces: SectionFile | None,
-    ) -> int:
-        pictures: set[str] = set()
-        keys: set[str] = set()
-        added = _added(record, _NOTHING, pictures, keys, picture, rows)
-        self._file = SectionFile.create(path, added, overwrite=overwrite, replaces=replaces)
-        self._record, self._pictures, self._keys = record, pictures, keys
-        return self._file.end
+
+def _create(
+    path: Path, record: SavedRecord, picture: PictureOf, rows: RowsOf, overwrite: bool, replaces: SectionFile | None
+) -> tuple[SectionFile, SavedRecord, set[str], set[str]]:
+    pictures: set[str] = set()
+    keys: set[str] = set()
+    added = _added(record, _NOTHING, pictures, keys, picture, rows)
+    return SectionFile.create(path, added, overwrite=overwrite, replaces=replaces), record, pictures, keys
+
+
+def set_aside(path: Path) -> Path:
+    """Give a file a name that ends in .damaged, for its own will be another's.  Raises BundleError."""
+    aside = next(
+        (
+            name
+            for n in range(1, 100)
+            if not (name := path.with_name(f"{path.name}.damaged{n if n > 1 else ''}")).exists()
+        ),
+        None,
+    )
+    if aside is None:
+        raise BundleError(f"{path}: is damaged, and so are 99 copies of it: move them away")
+    try:
+        try:
+            os.link(path, aside)
+        except PermissionError:  # no file has two names on an SD card's file system
+            os.rename(path, aside)
+    except OSError as error:
+        raise _unwritable(aside, error) from None
+    return aside
 
 
 def _unwritable(path: Path, error: OSError) -> BundleError:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from mmchat.bundle import Bundle
 from mmchat.errors import ModelDirError, StoreError
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
@@ -43,16 +46,20 @@ class Runtime:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+        autosave: str | Path | None = None,
     ) -> Session:
         """A new conversation.
 
         system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.
         reference_pixels: read pictures exactly as the published processor does (mmchat.images says what differs).
+        sampling: fields of mmchat.engine.Sampling over the model's own values, for every turn.
+        autosave: a new file that is kept up to date after every turn (Session.autosave has more to choose).
 
-        Raises ImageError for an impossible max_slice_nums.
+        Raises ImageError for an impossible max_slice_nums, PromptError (sampling), BundleError (autosave).
         """
-        return Session(
+        session = Session(
             self.spec,
             self.tokenizer,
             self.store,
@@ -62,7 +69,31 @@ class Runtime:
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
+            sampling=sampling,
         )
+        if autosave is not None:
+            session.autosave(autosave)
+        return session
+
+    def load(self, path: str | Path, *, autosave: bool = False) -> Session:
+        """A conversation from a file that Session.save or autosave wrote, with the settings it had.
+
+        What could not be read is left out, and what does not fit this model is made again; Session.notes says what.
+        autosave: go on in that file.  One that is damaged is kept under another name then.
+
+        Raises BundleError: no such file, not a bundle, of a newer version; with autosave: being saved to already.
+        """
+        bundle = Bundle(path, write=autosave)
+        settings = bundle.record.settings
+        session = self.session(
+            settings.system,
+            settings.max_slice_nums,
+            settings.use_image_id,
+            settings.reference_pixels,
+            settings.sampling,
+        )
+        session.restore(bundle, autosave=autosave)
+        return session
 
     def close(self) -> None:
         """End both workers.  Idempotent."""

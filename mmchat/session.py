@@ -16,91 +16,41 @@ Vision.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
-from mmchat.errors import EngineBusy, MissingEmbeddings, MmchatError, SessionError
+from mmchat.errors import EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
+from mmchat.record import ImageHandle, Original, Turn, Usage, keep
+from mmchat.saving import Keeper, Restored, saved_model
 from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
 from mmchat.store import Store, slice_key
 
 if TYPE_CHECKING:
     from mmchat.images import ImageSource
 
-
-@dataclass(frozen=True)
-class Usage:
-    """What an answer took.  Also readable as usage["n_prompt"].
-
-    n_prompt = n_reused + n_prefilled: rows of the prompt, those found in the KV cache, those computed.
-    n_new: tokens generated.  slices_encoded, slices_cached: encoder inputs computed for this answer, and those of
-    its new pictures that the store had.  restarts: workers that died and were replaced meanwhile.
-    encode_s, prefill_s, generate_s: seconds of work; total_s: of waiting, the loading of models included.
-    """
-
-    n_prompt: int = 0
-    n_reused: int = 0
-    n_prefilled: int = 0
-    n_new: int = 0
-    slices_encoded: int = 0
-    slices_cached: int = 0
-    restarts: int = 0
-    encode_s: float = 0.0
-    prefill_s: float = 0.0
-    generate_s: float = 0.0
-    total_s: float = 0.0
-
-    def __getitem__(self, name: str) -> Any:
-        return self.to_dict()[name]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class ImageHandle:
-    """A picture of the conversation.
-
-    id: its name in the session ("img1").  size: (width, height) in pixels.  slices: encoder inputs.
-    rows: rows of the prompt that its embeddings take.  turn: number of the turn that brought it, from 1.
-    name: file name, where it came from a file.
-    """
-
-    id: str
-    size: Size
-    slices: int
-    rows: int
-    turn: int
-    name: str = ""
-    plan: SlicePlan = field(repr=False, kw_only=True)
-    keys: tuple[str, ...] = field(repr=False, kw_only=True)
-    pixels: Callable[[], list[NDArray[np.uint8]]] = field(repr=False, compare=False, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer, as the user saw them.  ids: the answer's tokens."""
-
-    parts: tuple[str | ImageHandle, ...]
-    text: str
-    ids: tuple[int, ...]
-    stop_reason: StopReason
-    usage: Usage
+_LOG = logging.getLogger("mmchat")
 
 
 class Session:
-    """A conversation.  Made by Runtime.session; for one thread at a time."""
+    """A conversation.  Made by Runtime.session and Runtime.load; for one thread at a time.
+
+    notes: what was lost or had to be made again when it was loaded, in words.
+    unsaved: why the last turn is not in the file that autosave names; None where it is, or there is none.
+    """
 
     def __init__(
         self,
@@ -114,6 +64,7 @@ class Session:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         """See Runtime.session."""
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
@@ -122,7 +73,13 @@ class Session:
         self.max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
         self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
         self.reference_pixels = reference_pixels
-        self._plan((1, 1))  # refuses an impossible max_slice_nums now
+        self._plan((1, 1), self.max_slice_nums)  # refuses an impossible one now
+        self.sampling = dict(sampling or {})
+        self._sampling()  # refuses impossible values now
+        self.notes: tuple[str, ...] = ()
+        self.unsaved: MmchatError | None = None
+        self._journal: Journal | None = None
+        self._keeper: Keeper | None = None
         self._turns: list[Turn] = []
         self._n_images = 0
         self._running = False
@@ -159,8 +116,10 @@ class Session:
         pictures: Any = images if isinstance(images, (list, tuple)) else [images]
         prepared: list[str | _Prepared] = [self._prepare(picture) for picture in pictures]
         prepared += [part if isinstance(part, str) else self._prepare(part) for part in parts]
-        values = Sampling.from_dict({**self._spec.sampling.to_dict(), **sampling})
-        return Reply(self, tuple(prepared), values)
+        return Reply(self, tuple(prepared), self._sampling(sampling))
+
+    def _sampling(self, given: Mapping[str, Any] | None = None) -> Sampling:
+        return Sampling.from_dict({**self._spec.sampling.to_dict(), **self.sampling, **(given or {})})
 
     def undo(self, n: int = 1) -> list[Turn]:
         """Take back the last n turns and their pictures; returns them, oldest first."""
@@ -171,7 +130,85 @@ class Session:
         taken = self._turns[-n:]
         del self._turns[-n:]
         self._n_images = len(self.images)
+        self._autosave()
         return taken
+
+    def save(self, path: str | Path, *, images: str = "original", embeddings: bool = False) -> None:
+        """Write the conversation to a file, whole or not at all; Runtime.load opens it, here or elsewhere.
+
+        images: "original" keeps the pictures' files; "reencoded" their pixels without loss and without metadata;
+            "jpeg" JPEGs, which are smaller and other pixels; "none" none: then they can be asked about for as long as
+            a store has their embeddings.  A picture that came without a file is kept without loss.
+        embeddings: keep them too, so that nothing need be encoded again where the same model runs.
+
+        Raises BundleError: it cannot be written, or another conversation is being saved there.
+        """
+        keeper = Keeper(self._spec, self._store, images, embeddings)
+        record = self._saved(keeper)
+        if self._journal is not None and os.path.realpath(self._journal.path) == os.path.realpath(path):
+            self._journal.rewrite(record, keeper.picture, keeper.rows)
+            self._keeper, self.unsaved = keeper, None
+        else:
+            Journal.create(path, record, keeper.picture, keeper.rows).close()
+
+    def autosave(self, path: str | Path | None, *, images: str = "original", embeddings: bool = False) -> None:
+        """Keep a file up to date from now on: after every turn what is new is added to it.  None ends it.
+
+        A turn whose saving fails (disk full) is there all the same; `unsaved` and the log say why, and it is saved
+        with the next one.
+
+        Raises BundleError: the file is there already (Runtime.load goes on with it), or cannot be written.
+        """
+        journal = keeper = None
+        if path is not None:
+            keeper = Keeper(self._spec, self._store, images, embeddings)
+            journal = Journal.create(path, self._saved(keeper), keeper.picture, keeper.rows, overwrite=False)
+        if self._journal is not None:
+            self._journal.close()
+        self._journal, self._keeper, self.unsaved = journal, keeper, None
+
+    def restore(self, bundle: Bundle, *, autosave: bool = False) -> None:
+        """Become the conversation of a bundle.  See Runtime.load."""
+        if self._turns or self._running:
+            raise SessionError("this conversation has begun already: load into a new one")
+        restored = Restored(bundle, self._spec, self._tokenizer, self._store, self._plan)
+        self._turns, self.notes = restored.turns, tuple(restored.notes)
+        self._n_images = len(self.images)
+        if autosave:
+            self._resume(bundle, restored)
+
+    def _resume(self, bundle: Bundle, restored: Restored) -> None:
+        """Go on in the bundle's file, or in a new one in its place where it is damaged or mostly waste."""
+        self._keeper = Keeper(self._spec, self._store, "original", bool(bundle.keys), restored.known)
+        record = self._saved(self._keeper)
+        if bundle.damaged:
+            self.notes += (f"the damaged file is kept as {set_aside(bundle.path).name}",)
+        if bundle.damaged or bundle.is_mostly_waste:
+            self._journal = Journal.replace(bundle, record, self._keeper.picture, self._keeper.rows)
+        else:
+            self._journal = Journal.resume(bundle)
+            self._journal.write(record, self._keeper.picture, self._keeper.rows)
+
+    def saved(self) -> SavedRecord:
+        """The conversation as values, pictures by name only."""
+        return self._saved(Keeper(self._spec, self._store, "none", False))
+
+    def _saved(self, keeper: Keeper) -> SavedRecord:
+        settings = SavedSettings(
+            self.system, self.max_slice_nums, self.use_image_id, self.reference_pixels, sampling=self.sampling
+        )
+        model = saved_model(self._spec, self._tokenizer, pictures=bool(self.images))
+        return SavedRecord(settings, model, keeper.turns(self._turns))
+
+    def _autosave(self) -> None:
+        if self._journal is None or self._keeper is None:
+            return
+        try:
+            self._journal.write(self._saved(self._keeper), self._keeper.picture, self._keeper.rows)
+            self.unsaved = None
+        except MmchatError as error:
+            self.unsaved = error
+            _LOG.warning("not saved: %s", error)
 
     def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
         """The conversation as it would be sent, with a further question where parts are given."""
@@ -183,11 +220,11 @@ class Session:
             messages.append(Message("user", _prompt_parts(parts)))
         return render(messages, self._tokenizer, query_num=self._spec.vision.query_num, use_image_id=self.use_image_id)
 
-    def _plan(self, size: Size) -> SlicePlan:
+    def _plan(self, size: Size, max_slice_nums: int) -> SlicePlan:
         rule = self._spec.slices
         return plan_slices(
             *size,
-            max_slice_nums=self.max_slice_nums,
+            max_slice_nums=max_slice_nums,
             scale_resolution=rule.scale_resolution,
             patch_size=rule.patch_size,
             max_patches=rule.max_patches,
@@ -202,17 +239,16 @@ class Session:
             with open_image(source):  # a clear error, before all of a file is read that is no picture
                 pass
             file = Path(source).read_bytes()
-        plan, slices = self._cut(source if file is None else file, path)
+        reference, max_slice_nums = self.reference_pixels, self.max_slice_nums
+        with open_image(source if file is None else file, reference=reference, name=path) as opened:
+            plan = self._plan(opened.size, max_slice_nums)
+            image = opened.read(at_least=plan.refined or plan.source)
+            slices = slice_image(image, plan)
+            # The file as it is now, or the pixels: file, image or array may be changed later.
+            read, digest = keep(image) if file is None else ((lambda: file), None)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
-        # Should the store lose them, the slices are made again: from the file as it is now, where there is one; else
-        # they are kept themselves, for the image or array may be drawn on later.
-        again = (lambda: slices) if file is None else (lambda: self._cut(file)[1])
-        return _Prepared(name, plan, keys, slices, again)
-
-    def _cut(self, source: ImageSource, name: str = "") -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
-        with open_image(source, reference=self.reference_pixels, name=name) as opened:
-            plan = self._plan(opened.size)
-            return plan, slice_image(opened.read(at_least=plan.refined or plan.source), plan)
+        original = Original(read, keys, max_slice_nums=max_slice_nums, reference=reference, digest=digest)
+        return _Prepared(name, plan, keys, slices, original)
 
     def _handle(self, prepared: _Prepared, number: int) -> ImageHandle:
         return ImageHandle(
@@ -224,7 +260,7 @@ class Session:
             prepared.name,
             plan=prepared.plan,
             keys=prepared.keys,
-            pixels=prepared.again,
+            original=prepared.original,
         )
 
     def check_idle(self) -> None:
@@ -275,6 +311,7 @@ class Session:
                 ids = self._spelled(shown, reply.text_so_far) if done is None else done.ids
                 self._turns.append(Turn(tuple(parts), reply.text_so_far, ids, reply.reason_so_far, reply.usage_so_far))
                 self._n_images = len(self.images)
+                self._autosave()
 
     def _spelled(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         """The tokens of exactly the text that was shown: more may have been generated, or held back."""
@@ -315,22 +352,35 @@ class Session:
                 if attempt == 2:
                     raise
                 lost = set(error.keys)
+            for image in [*self.images, *_images(parts)]:
+                for key in lost.intersection(image.keys):
+                    rows = image.original.embedding(key)
+                    if rows is not None:
+                        self._store.put(key, rows)
+                        lost.discard(key)
             again: dict[str, NDArray[np.uint8]] = {}
             for image in [*self.images, *_images(parts)]:
-                if lost & set(image.keys):
-                    again.update(zip(image.keys, image.pixels(), strict=True))
+                if lost.intersection(image.keys) - set(again):
+                    again.update(zip(image.keys, self._cut_again(image), strict=True))
             self._encode_slices(reply, {key: pixels for key, pixels in again.items() if key in lost})
+
+    def _cut_again(self, image: ImageHandle) -> list[NDArray[np.uint8]]:
+        """Raises ImageError, BundleError: the picture is gone, or another than the one that the keys are of."""
+        slices = image.pixels()
+        if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices) != image.keys:
+            raise ImageError(f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was")
+        return slices
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture that was read and cut, not yet part of the conversation.  again: cuts it once more."""
+    """A picture that was read and cut, not yet part of the conversation."""
 
     name: str
     plan: SlicePlan
     keys: tuple[str, ...]
     slices: list[NDArray[np.uint8]]
-    again: Callable[[], list[NDArray[np.uint8]]]
+    original: Original
 
 
 class Reply:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 import mmchat
-from mmchat.session import Reply, Session, Usage
+from mmchat.record import Usage
+from mmchat.session import Reply, Session
 from tests.fakes import eventually, is_gone
 
 SIZE = (200, 200)

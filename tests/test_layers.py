@@ -16,13 +16,24 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
     ("slicing", "frames", "sections", "checkpoint", "store", "engine", "rkllm_abi"),
-    ("images", "decoding", "embed_table", "model_dir", "prompt", "overlay", "child", "worker", "rkllm_detect", "bundle"),
-    ("embedding", "doctor_npu", "profile"),
-    ("openvino_graphs", "doctor"),
+    (
+        "images",
+        "decoding",
+        "embed_table",
+        "model_dir",
+        "prompt",
+        "overlay",
+        "child",
+        "worker",
+        "rkllm_detect",
+        "bundle",
+    ),
+    ("embedding", "doctor_npu", "profile", "record", "transcript"),
+    ("openvino_graphs", "doctor", "saving"),
     ("openvino_engine", "openvino_vision", "rkllm_embed"),
     ("vision_proc", "llm_proc"),
     ("session",),
-    ("runtime", "transcript", "calibrate"),
+    ("runtime", "calibrate"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

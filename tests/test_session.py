@@ -29,7 +29,8 @@ from mmchat.errors import (
 )
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer
-from mmchat.session import ImageHandle, Reply, Session, Usage
+from mmchat.record import ImageHandle, Usage
+from mmchat.session import Reply, Session
 from mmchat.store import Store
 from tests.fakes import FakeEngine, FakeVision
 

@@ -106,6 +106,15 @@ def chat(
     reference_pixels: options.ReferencePixels = False,
     stats: options.Stats = False,
     as_json: options.AsJson = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation, and save it there.")
+    ] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep the conversation in this new file, after every turn.")
+    ] = None,
+    save_pictures: Annotated[
+        str, typer.Option(metavar="FORM", help="How --save keeps pictures: original, reencoded, jpeg or none.")
+    ] = "original",
 ) -> None:
     """Chat over many turns; /help lists the commands.
 
@@ -119,6 +128,7 @@ def chat(
             options.Opening(model, engine, store, context, threads),
             options.Talk(system, max_slices, reference_pixels, stats, as_json),
             options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
+            options.Keeping(resume, save, save_pictures),
         )
 
 
@@ -194,6 +204,37 @@ def doctor(
 
     with options.errors_as_lines():
         doctoring.doctor(model, as_json)
+
+
+session = typer.Typer(help="Saved conversations: look at them, or export them.", no_args_is_help=True)
+app.add_typer(session, name="session")
+
+
+@session.command()
+def show(
+    file: Annotated[str, typer.Argument(help="A conversation that chat --save or /save wrote.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Print a saved conversation; needs no model.
+
+    What is damaged is said on stderr, and the exit code is 1 then; what is whole is printed all the same.
+    """
+    from mmchat.cli import sessions
+
+    with options.errors_as_lines():
+        sessions.show(file, as_json)
+
+
+@session.command()
+def export(
+    file: Annotated[str, typer.Argument(help="A conversation that chat --save or /save wrote.")],
+    to: Annotated[str, typer.Option("--to", metavar="OUT", help="OUT.html, OUT.md or OUT.json.")],
+) -> None:
+    """Write a saved conversation as HTML (one file), Markdown or JSON (pictures in OUT.pictures); needs no model."""
+    from mmchat.cli import sessions
+
+    with options.errors_as_lines():
+        sessions.export(file, to)
 
 
 def main() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import typer
 
 import mmchat
-from mmchat.cli.options import Opening, Talk, UsageError, describe, printable, say
+from mmchat.cli.options import Keeping, Opening, Talk, UsageError, describe, printable, say
 from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
+from mmchat.record import ImageHandle
 from mmchat.runtime import Runtime
-from mmchat.session import ImageHandle, Reply, Session
-from mmchat.transcript import save_transcript
+from mmchat.saving import FORMS
+from mmchat.session import Reply, Session
+from mmchat.transcript import SUFFIXES, export
 
 _IN_TEXT = re.compile(r"(?<!\\)\{\{[ \t]*([^{}\s][^{}]*?)[ \t]*\}\}")
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -32,7 +34,7 @@ HELP = """\
 /drop            forget what /image attached
 /images          list the pictures of this conversation
 /undo [N]        take back the last turn, or the last N
-/save FILE       write the conversation to FILE: .json, or Markdown
+/save FILE       save the conversation, for --resume; .html, .md or .json export it
 /stats           print times after each answer, or stop that
 /help            this list
 /quit            leave (Ctrl-D does too); Ctrl-C stops an answer"""
@@ -58,24 +60,46 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
         with open_image(image):
             pass
     with _open(opening) as runtime:
-        session = _session(runtime, talk)
-        reply = session.ask(parts, images, **sampling)
+        session = _session(runtime, talk, sampling)
+        reply = session.ask(parts, images)
         _show(reply, runtime, talk)
 
 
-def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]) -> None:
+def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any], keeping: Keeping) -> None:
     """Many questions, from a terminal or from lines of stdin."""
+    if keeping.pictures not in FORMS:
+        raise UsageError(f"--save-pictures {keeping.pictures}: known are {', '.join(FORMS)}")
+    if keeping.resume and (talk.system is not None or talk.max_slices is not None or talk.reference_pixels):
+        raise UsageError(
+            "--system, --max-slices and --reference-pixels are those of the conversation that --resume names"
+        )
     attached: list[Path] = [_readable(picture) for picture in pictures]
     with _open(opening) as runtime:
-        repl = _Repl(runtime, talk, sampling, attached)
+        repl = _Repl(runtime, talk, _begin(runtime, talk, sampling, keeping), attached)
         if sys.stdin.isatty():
             _converse(repl)
-            return
-        for line in sys.stdin.buffer:
-            if not repl.handle(line.decode(errors="replace")):
-                break
-        if repl.n_failed:
+        else:
+            for line in sys.stdin.buffer:
+                if not repl.handle(line.decode(errors="replace")):
+                    break
+        if repl.is_unsaved or (repl.n_failed and not sys.stdin.isatty()):
             raise typer.Exit(1)
+
+
+def _begin(runtime: Runtime, talk: Talk, sampling: dict[str, Any], keeping: Keeping) -> Session:
+    """The conversation that the options name."""
+    save = os.path.expanduser(keeping.save) if keeping.save else None
+    if keeping.resume:
+        session = runtime.load(os.path.expanduser(keeping.resume), autosave=save is None)
+        session.sampling.update(sampling)
+        for note in session.notes:
+            say(note)
+        say(f"going on after {len(session.turns)} turn(s) and {len(session.images)} picture(s)")
+    else:
+        session = _session(runtime, talk, sampling)
+    if save is not None:
+        session.autosave(save, images=keeping.pictures)
+    return session
 
 
 def _converse(repl: _Repl) -> None:
@@ -97,11 +121,15 @@ def _converse(repl: _Repl) -> None:
 class _Repl:
     """handle(line) does what a line says; False where it says to leave."""
 
-    def __init__(self, runtime: Runtime, talk: Talk, sampling: dict[str, Any], attached: list[Path]) -> None:
-        self._runtime, self._sampling, self._attached = runtime, sampling, attached
+    def __init__(self, runtime: Runtime, talk: Talk, session: Session, attached: list[Path]) -> None:
+        self._runtime, self._session, self._attached = runtime, session, attached
         self._talk = talk
-        self._session: Session = _session(runtime, talk)
         self.n_failed = 0
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether the last turn is not in the file where it is to be kept; the log has said so."""
+        return self._session.unsaved is not None
 
     def handle(self, line: str) -> bool:
         line = line.strip()
@@ -122,7 +150,7 @@ class _Repl:
         return True
 
     def _ask(self, question: str) -> None:
-        reply = self._session.ask(split_pictures(question), self._attached, **self._sampling)
+        reply = self._session.ask(split_pictures(question), self._attached)
         n_turns = len(self._session.turns)
         previous = signal.getsignal(signal.SIGINT)
 
@@ -158,7 +186,13 @@ class _Repl:
         elif name == "/save":
             if not rest:
                 raise UsageError("/save needs a file name")
-            save_transcript(self._session, Path(os.path.expanduser(rest)))
+            path = Path(os.path.expanduser(rest))
+            if path.suffix.lower() in SUFFIXES:
+                handles = {image.id: image for image in self._session.images}
+                for missing in export(self._session.saved(), lambda image: handles[image.id].original.read(), path):
+                    say(missing)
+            else:
+                self._session.save(path)
             say(f"saved {len(self._session.turns)} turn(s) to {rest}")
         elif name == "/stats":
             self._talk = replace(self._talk, stats=not self._talk.stats)
@@ -205,8 +239,8 @@ def _open(opening: Opening) -> Runtime:
     )
 
 
-def _session(runtime: Runtime, talk: Talk) -> Session:
-    return runtime.session(system=talk.system, max_slice_nums=talk.max_slices, reference_pixels=talk.reference_pixels)
+def _session(runtime: Runtime, talk: Talk, sampling: dict[str, Any]) -> Session:
+    return runtime.session(talk.system, talk.max_slices, reference_pixels=talk.reference_pixels, sampling=sampling)
 
 
 def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:

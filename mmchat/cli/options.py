@@ -64,6 +64,15 @@ class Talk:
     as_json: bool
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Files of a chat: one to go on with, a new one to save to, and how pictures are kept there."""
+
+    resume: str | None = None
+    save: str | None = None
+    pictures: str = "original"
+
+
 def sampling(
     max_new_tokens: int | None,
     temperature: float | None,

@@ -6,7 +6,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from mmchat.session import Reply, Usage
+from mmchat.record import Usage
+from mmchat.session import Reply
 
 if TYPE_CHECKING:
     from rich.status import Status
