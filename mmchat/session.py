@@ -366,7 +366,10 @@ class Session:
 
     def _cut_again(self, image: ImageHandle) -> list[NDArray[np.uint8]]:
         """Raises ImageError, BundleError: the picture is gone, or another than the one that the keys are of."""
-        slices = image.pixels()
+        try:
+            slices = image.pixels()
+        except ImageError as error:
+            raise ImageError(f"{image.id} cannot be cut again: {error}") from None
         if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices) != image.keys:
             raise ImageError(f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was")
         return slices

@@ -271,19 +271,18 @@ def test_a_bundle_cut_at_any_length(tmp_path: Path, small: bytes) -> None:
 
 
 def test_every_byte_flipped(tmp_path: Path, small: bytes) -> None:
-    """All bits of it, and the lowest one."""
+    """One bit of each; tests/test_sections.py has all of them."""
     seen = set()
     for at in range(len(small)):
-        for mask in (0xFF, 0x01):
-            data = bytearray(small)
-            data[at] ^= mask
-            read = open_bytes(tmp_path / "file", bytes(data))
-            assert (read is None) == (at < HEAD_BYTES)
-            if read is not None:
-                is_told_or_right(read)
-                assert read.damaged
-                assert read.lost
-                seen.add(len(read.record.turns))
+        data = bytearray(small)
+        data[at] ^= 1 << at % 8
+        read = open_bytes(tmp_path / "file", bytes(data))
+        assert (read is None) == (at < HEAD_BYTES)
+        if read is not None:
+            is_told_or_right(read)
+            assert read.damaged
+            assert read.lost
+            seen.add(len(read.record.turns))
     assert seen == {0, 1, 2, 3}
 
 
