@@ -207,7 +207,7 @@ class Session:
             self._journal.write(self._saved(self._keeper), self._keeper.picture, self._keeper.rows)
             self.unsaved = None
         except MmchatError as error:
-            self.unsaved = error
+            self.unsaved = error.with_traceback(None)  # which would keep this session, and its file, for ever
             _LOG.warning("not saved: %s", error)
 
     def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
