@@ -77,7 +77,7 @@ class Session:
         self.sampling = dict(sampling or {})
         self._sampling()  # refuses impossible values now
         self.notes: tuple[str, ...] = ()
-        self.unsaved: MmchatError | None = None
+        self.unsaved: str | None = None
         self._journal: Journal | None = None
         self._keeper: Keeper | None = None
         self._turns: list[Turn] = []
@@ -207,8 +207,8 @@ class Session:
             self._journal.write(self._saved(self._keeper), self._keeper.picture, self._keeper.rows)
             self.unsaved = None
         except MmchatError as error:
-            self.unsaved = error.with_traceback(None)  # which would keep this session, and its file, for ever
-            _LOG.warning("not saved: %s", error)
+            self.unsaved = str(error)  # the error itself would keep this session, and its file, from going
+            _LOG.warning("not saved: %s", self.unsaved)
 
     def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
         """The conversation as it would be sent, with a further question where parts are given."""
