@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmchat.context import Policy
     from mmchat.engine import Sampling
     from mmchat.errors import (
         BundleError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerTimeout,
     )
+    from mmchat.forecast import Plan
     from mmchat.record import ImageHandle, Turn, Usage
     from mmchat.runtime import Runtime, open
     from mmchat.session import Reply, Session
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "context": ("Policy",),
     "engine": ("Sampling",),
     "errors": (
         "BundleError",
@@ -55,6 +58,7 @@ _HOME = {
         "WorkerError",
         "WorkerTimeout",
     ),
+    "forecast": ("Plan",),
     "record": ("ImageHandle", "Turn", "Usage"),
     "runtime": ("Runtime", "open"),
     "session": ("Reply", "Session"),
@@ -69,6 +73,8 @@ __all__ = [
     "ImageHandle",
     "MmchatError",
     "ModelDirError",
+    "Plan",
+    "Policy",
     "PromptError",
     "Reply",
     "Runtime",

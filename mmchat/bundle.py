@@ -70,13 +70,17 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """What Runtime.session was given; None is the model's own.  sampling: values given over the model's own."""
+    """What Runtime.session was given; None is the model's own.
+
+    policy: a mmchat.Policy's values, for the session to check; empty where it is not known.
+    sampling: values given over the model's own.
+    """
 
     system: str | None = None
     max_slice_nums: int | None = None
     use_image_id: bool | None = None
     reference_pixels: bool = False
-    policy: str = ""
+    policy: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -543,7 +547,7 @@ def _settings(values: _Fields) -> SavedSettings:
         values.integer("max_slice_nums", 1, _MOST_SLICES) if given("max_slice_nums") else None,
         values.flag("use_image_id") if given("use_image_id") else None,
         values.flag("reference_pixels"),
-        values.text("policy", re.compile("[a-z_]{0,40}")),
+        values.inner("policy").values,
         sampling,
     )
 

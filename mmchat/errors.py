@@ -38,13 +38,20 @@ class ContextFull(MmchatError, ValueError):
     """The prompt and the room kept for the answer exceed the context.
 
     n_prompt: rows of the prompt.  max_new_tokens: rows kept for the answer.  limit: rows allowed in all.
+    advice: what to do about it.
     """
 
-    def __init__(self, n_prompt: int, max_new_tokens: int, limit: int) -> None:
+    def __init__(
+        self,
+        n_prompt: int,
+        max_new_tokens: int,
+        limit: int,
+        advice: str = "shorten the text, use fewer slices, or begin a new session",
+    ) -> None:
         self.n_prompt, self.max_new_tokens, self.limit = n_prompt, max_new_tokens, limit
         super().__init__(
             f"the prompt has {n_prompt} rows and keeps {max_new_tokens} for the answer, "
-            f"but the context holds {limit}: shorten the text, use fewer slices, or begin a new session"
+            f"but the context holds {limit}: {advice}"
         )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _SPECIAL = (
     "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
     "<|im_start|>", "<|im_end|>", "<|endoftext|>",
 )  # fmt: skip
+
+_KNOWN_MESSAGES = 4096  # whose rows a RowCounter remembers
 
 
 class ChatTokenizer:
@@ -174,23 +177,9 @@ def render(
     for index, message in enumerate(messages):
         if message.role not in ("user", "assistant") and not (message.role == "system" and index == 0):
             raise PromptError(f"message {index} has the role {message.role!r}; 'user' and 'assistant' are known")
-        out.special("<|im_start|>")
-        out.text(f"{message.role}\n")
-        if message.ids is not None:
-            out.tokens(message.ids)
-        else:
-            for number, part in enumerate(message.parts):
-                out.text("\n" if number else "")
-                if isinstance(part, Text):
-                    out.text(part.text)
-                else:
-                    out.picture(part, n_images if use_image_id else None)
-                    n_images += 1
-        out.special("<|im_end|>")
-        out.text("\n")
+        n_images = out.message(message, n_images, use_image_id=use_image_id)
     if generation_prompt:
-        out.special("<|im_start|>")
-        out.text("assistant\n")
+        out.header("assistant")
     return out.finish()
 
 
@@ -301,6 +290,27 @@ class _Assembler:
     def special(self, name: str) -> None:
         self.tokens((self._tokenizer.special[name],))
 
+    def header(self, role: str) -> None:
+        self.special("<|im_start|>")
+        self.text(f"{role}\n")
+
+    def message(self, message: Message, n_images: int, *, use_image_id: bool) -> int:
+        """n_images: pictures before it; returns those up to its end."""
+        self.header(message.role)
+        if message.ids is not None:
+            self.tokens(message.ids)
+        else:
+            for number, part in enumerate(message.parts):
+                self.text("\n" if number else "")
+                if isinstance(part, Text):
+                    self.text(part.text)
+                else:
+                    self.picture(part, n_images if use_image_id else None)
+                    n_images += 1
+        self.special("<|im_end|>")
+        self.text("\n")
+        return n_images
+
     def picture(self, picture: Picture, image_id: int | None) -> None:
         plan = picture.plan
         if image_id is not None:
@@ -334,6 +344,30 @@ class _Assembler:
     def finish(self) -> Prompt:
         self._flush()
         return Prompt(tuple(self._pieces), self._ids, self._spans)
+
+
+class RowCounter:
+    """Counts rows without laying them out.  Rows of messages add up: a message begins with a special token."""
+
+    def __init__(self, tokenizer: ChatTokenizer, *, query_num: int, use_image_id: bool = True) -> None:
+        self._tokenizer, self._query_num, self._use_image_id = tokenizer, query_num, use_image_id
+        self._known = lru_cache(maxsize=_KNOWN_MESSAGES)(self._count)
+        out = _Assembler(tokenizer, query_num)
+        out.header("assistant")
+        self.header = out.finish().n_rows  # of the answer to come
+
+    def message(self, message: Message, n_images: int = 0) -> int:
+        """n_images: pictures before it in the conversation."""
+        if message.ids is not None:
+            return self._known(Message(message.role, ids=()), 0) + len(message.ids)
+        parts = tuple(part if isinstance(part, Text) else Picture(part.plan) for part in message.parts)
+        has_pictures = any(isinstance(part, Picture) for part in parts)
+        return self._known(Message(message.role, parts), n_images if has_pictures else 0)
+
+    def _count(self, message: Message, n_images: int) -> int:
+        out = _Assembler(self._tokenizer, self._query_num)
+        out.message(message, n_images, use_image_id=self._use_image_id)
+        return out.finish().n_rows
 
 
 def picture_rows(plan: SlicePlan, tokenizer: ChatTokenizer, query_num: int, image_id: int | None = 0) -> int:

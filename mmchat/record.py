@@ -1,25 +1,29 @@
-"""What a conversation consists of: turns, the pictures in them, and what each answer took."""
+"""What a conversation consists of: turns, the pictures in them, what each answer took, and how it is sent by now.
+
+The turns are what the user saw, for ever.  What of them still goes to the model, and in which form, is in Marks: a
+value of its own, so that a turn never changes once it is there.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmchat.engine import StopReason
-from mmchat.images import open_image, to_file
-from mmchat.slicing import Size, SlicePlan, slice_image
+from mmchat.errors import SessionError
+from mmchat.slicing import Size, SlicePlan
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# Pixels above which a picture that came without a file is kept packed (1 s for 12 megapixels), not as they are.
-_PLAIN_PX = 4_000_000
+# How a picture is sent: with its cells; its source view alone; as a line of text that names it, with what the model
+# said of it or without.
+Form = Literal["whole", "overview", "described", "line"]
+SEEN: tuple[Form, ...] = ("whole", "overview")
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,19 @@ class Usage:
     def __getitem__(self, name: str) -> Any:
         return self.to_dict()[name]
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(**{name: value + other[name] for name, value in self.to_dict().items()})
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Original:
-    """What a picture was made of, so that it can be cut again and saved.
+    """What a picture was made of, so that it can be saved (mmchat.saving).
 
     read: gives the content of its file; may raise MmchatError.  keys: of its slices, by their pixels.
     max_slice_nums, reference: how it was cut and read (mmchat.slicing, mmchat.images).
-    embedding: the embedding that came with it under a key of its handle, where one did (mmchat.saving).
+    embedding: the embedding that came with it under a key of its handle, where one did.
     """
 
     def __init__(
@@ -78,20 +85,16 @@ class Original:
     def digest(self) -> str:
         return self._digest() if self._digest else hashlib.sha256(self.read()).hexdigest()
 
-    def image(self, plan: SlicePlan, name: str = "") -> Image:
-        """In RGB, as large as the plan needs it.  Raises ImageError, and what read raises."""
-        with open_image(self.read(), reference=self.reference, name=name) as opened:
-            return opened.read(at_least=plan.refined or plan.source)
-
 
 @dataclass(frozen=True)
 class ImageHandle:
     """A picture of the conversation.
 
-    id: its name in the session ("img1").  size: (width, height) in pixels.  slices: encoder inputs.
-    rows: rows of the prompt that its embeddings take.  turn: number of the turn that brought it, from 1.
-    name: file name, where it came from a file.
-    keys: of its embeddings in the store.
+    id: its name in the session ("img1"), for ever.  size: (width, height) in pixels.  slices: encoder inputs.
+    rows: rows of the prompt that its embeddings take when it is sent whole.  turn: number of the turn that brought
+    it, from 1.  name: file name, where it came from a file.
+    keys: of its embeddings in the store, the source view's first.  pixels: cuts it again.  original: for saving it;
+    None only where there is no picture but its size.
     """
 
     id: str
@@ -102,11 +105,8 @@ class ImageHandle:
     name: str = ""
     plan: SlicePlan = field(repr=False, kw_only=True)
     keys: tuple[str, ...] = field(repr=False, kw_only=True)
-    original: Original = field(repr=False, compare=False, kw_only=True)
-
-    def pixels(self) -> list[NDArray[np.uint8]]:
-        """Its slices, cut again.  Raises ImageError, and BundleError where the picture is gone."""
-        return slice_image(self.original.image(self.plan, self.name or self.id), self.plan)
+    pixels: Callable[[], list[NDArray[np.uint8]]] = field(repr=False, compare=False, kw_only=True)
+    original: Original | None = field(default=None, repr=False, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,91 @@ class Turn:
     stop_reason: StopReason
     usage: Usage
 
+    @property
+    def images(self) -> list[ImageHandle]:
+        return images_in(self.parts)
 
-def keep(image: Image) -> tuple[Callable[[], bytes], Callable[[], str]]:
-    """An RGB image whose owner may draw on it later: what reads it as a file, and a digest (see Original)."""
-    from PIL import Image as pil
 
-    size = image.size
-    if size[0] * size[1] > _PLAIN_PX:
-        data = to_file(image)
-        return lambda: data, lambda: hashlib.sha256(data).hexdigest()
-    pixels = image.tobytes()
-    return (
-        lambda: to_file(pil.frombytes("RGB", size, pixels)),
-        lambda: hashlib.sha256(f"{size[0]}x{size[1]} ".encode() + pixels).hexdigest(),
-    )
+@dataclass(frozen=True)
+class Marks:
+    """What of the turns is sent otherwise than it was said, and what must stay as it is.
+
+    forms: by picture id; a picture that is not named is whole.  dropped: numbers (from 1) of turns that are not sent.
+    pinned: picture ids.  pinned_turns: numbers.
+    returned: by picture id, how many turns there were when the user asked for it back: it counts as that new.
+    """
+
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    dropped: frozenset[int] = frozenset()
+    pinned: frozenset[str] = frozenset()
+    pinned_turns: frozenset[int] = frozenset()
+    returned: Mapping[str, int] = field(default_factory=dict)
+
+    def form(self, image: ImageHandle) -> Form:
+        return self.forms.get(image.id, "whole")
+
+    def of(self, turns: Sequence[Turn]) -> Marks:
+        """Those about these turns, which are the first of the conversation."""
+        n, ids = len(turns), {image.id for turn in turns for image in turn.images}
+        return Marks(
+            {name: form for name, form in self.forms.items() if name in ids},
+            frozenset(number for number in self.dropped if number <= n),
+            self.pinned & ids,
+            frozenset(number for number in self.pinned_turns if number <= n),
+            {name: min(at, n) for name, at in self.returned.items() if name in ids},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON and msgpack take it."""
+        return {
+            "forms": dict(self.forms),
+            "dropped": sorted(self.dropped),
+            "pinned": sorted(self.pinned),
+            "pinned_turns": sorted(self.pinned_turns),
+            "returned": dict(self.returned),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Marks:
+        """Back from to_dict; what a later version may have added is left out.  Raises SessionError for other values."""
+        found = {name: values.get(name) for name in ("forms", "dropped", "pinned", "pinned_turns", "returned")}
+        checks = {
+            "forms": lambda value: _is_map(value, lambda form: form in get_args(Form)),
+            "dropped": lambda value: _is_list(value, _is_number),
+            "pinned": lambda value: _is_list(value, _is_id),
+            "pinned_turns": lambda value: _is_list(value, _is_number),
+            "returned": lambda value: _is_map(value, _is_number),
+        }
+        for name, value in found.items():
+            if value is not None and not checks[name](value):
+                raise SessionError(f"the saved {name} of a conversation are {value!r:.80}; they cannot be that")
+        return cls(
+            dict(found["forms"] or {}),
+            frozenset(found["dropped"] or ()),
+            frozenset(found["pinned"] or ()),
+            frozenset(found["pinned_turns"] or ()),
+            dict(found["returned"] or {}),
+        )
+
+
+_ID = re.compile(r"img[1-9][0-9]{0,8}")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_map(value: Any, is_good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(_is_id(key) and is_good(inner) for key, inner in value.items())
+
+
+def _is_list(value: Any, is_good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(is_good, value))
+
+
+def images_in(parts: Sequence[str | ImageHandle]) -> list[ImageHandle]:
+    return [part for part in parts if isinstance(part, ImageHandle)]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mmchat.bundle import Bundle
+from mmchat.context import Policy
 from mmchat.errors import ModelDirError, StoreError
+from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
+from mmchat.saving import Restored
 from mmchat.session import Session
 from mmchat.store import DEFAULT_CAP_BYTES, Store, default_folders
 from mmchat.vision_proc import VisionClient
@@ -34,6 +37,7 @@ class Runtime:
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
+        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook()
 
     @property
     def context_rows(self) -> int:
@@ -46,29 +50,34 @@ class Runtime:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        policy: Policy | str | Sequence[str] | None = None,
         sampling: Mapping[str, Any] | None = None,
         autosave: str | Path | None = None,
     ) -> Session:
         """A new conversation.
 
+        Any number of them share the engine.  Answers that several threads ask for at once come one after the other, in
+        the order in which they were begun; a thread that begins one while it streams another gets EngineBusy.  Going
+        from one conversation to another costs the rows that the two do not begin with in common.
+
         system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.
         reference_pixels: read pictures exactly as the published processor does (mmchat.images says what differs).
+        policy: what to do where the conversation does not fit any more: "error", or steps in the order in which they
+            are taken, by default ("overview", "line", "turns"); mmchat.Policy has more to set.  mmchat.context says
+            what they do.
         sampling: fields of mmchat.engine.Sampling over the model's own values, for every turn.
         autosave: a new file that is kept up to date after every turn (Session.autosave has more to choose).
 
-        Raises ImageError for an impossible max_slice_nums, PromptError (sampling), BundleError (autosave).
+        Raises ImageError for an impossible max_slice_nums, SessionError for an impossible policy, PromptError
+        (sampling), BundleError (autosave).
         """
-        session = Session(
-            self.spec,
-            self.tokenizer,
-            self.store,
-            self.vision,
-            self.llm,
+        session = self._session(
             system=system,
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
+            policy=policy,
             sampling=sampling,
         )
         if autosave is not None:
@@ -84,16 +93,14 @@ class Runtime:
         Raises BundleError: no such file, not a bundle, of a newer version; with autosave: being saved to already.
         """
         bundle = Bundle(path, write=autosave)
-        settings = bundle.record.settings
-        session = self.session(
-            settings.system,
-            settings.max_slice_nums,
-            settings.use_image_id,
-            settings.reference_pixels,
-            settings.sampling,
-        )
-        session.restore(bundle, autosave=autosave)
+        restored = Restored(bundle, self.spec, self.tokenizer, self.store)
+        session = self._session(**restored.options)
+        if autosave:
+            session.resume(bundle, restored)
         return session
+
+    def _session(self, **options: Any) -> Session:
+        return Session(self.spec, self.tokenizer, self.store, self.vision, self.llm, outlook=self._outlook, **options)
 
     def close(self) -> None:
         """End both workers.  Idempotent."""
@@ -173,6 +180,16 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
         family=os.environ.get("MMCHAT_RKLLM_FAMILY") or None,
         npu=Exclusive("the NPU is still busy with another answer in this thread") if shared else None,
         log_file=state_folder() / "rkllm.log",
+    )
+
+
+def _outlook(profile: Profile) -> Outlook:
+    return Outlook(
+        lambda: profile.strategy,
+        rewinds=lambda: profile.rewinds,
+        longest=lambda: profile.safe_rows,
+        speeds=lambda: of_board(profile.probes),
+        published=True,
     )
 
 

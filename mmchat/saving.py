@@ -19,23 +19,26 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmchat import prompt
-from mmchat.bundle import Bundle, SavedImage, SavedModel, SavedTurn, plain_name
+from mmchat.bundle import Bundle, SavedImage, SavedModel, SavedSettings, SavedTurn, plain_name
+from mmchat.context import Policy
 from mmchat.decoding import TextStream
-from mmchat.errors import BundleError, ImageError, MmchatError
+from mmchat.errors import BundleError, ImageError, MmchatError, SessionError
 from mmchat.images import open_image, to_file
 from mmchat.model_dir import ModelSpec
-from mmchat.record import ImageHandle, Original, Turn, Usage
+from mmchat.record import ImageHandle, Marks, Original, Turn, Usage
 from mmchat.sections import MAX_DATA_BYTES
-from mmchat.slicing import Size, SlicePlan, slice_image
+from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
 from mmchat.store import PREPROCESSING_VERSION, Store, slice_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     from mmchat.prompt import ChatTokenizer
 
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 # file is kept so anyway); as JPEG, smaller and with other pixels; not at all.
 FORMS = ("original", "reencoded", "jpeg", "none")
 
+# Pixels above which a picture that came without a file is kept packed (1 s for 12 megapixels), not as they are.
+_PLAIN_PX = 4_000_000
 _USAGE: dict[str, type] = {name: type(value) for name, value in Usage().to_dict().items()}
 _LOG = logging.getLogger("mmchat")
 
@@ -57,6 +62,77 @@ def saved_model(spec: ModelSpec, tokenizer: ChatTokenizer, *, pictures: bool) ->
     return SavedModel(plain_name(spec.name), encoder, tokenizer.digest, prompt.FORMAT)
 
 
+def saved_settings(
+    system: str | None,
+    max_slice_nums: int,
+    use_image_id: bool,
+    reference_pixels: bool,
+    policy: Policy,
+    sampling: Mapping[str, Any],
+) -> SavedSettings:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in sampling.items()}
+    return SavedSettings(system, max_slice_nums, use_image_id, reference_pixels, asdict(policy), values)
+
+
+def saved_state(marks: Marks) -> dict[str, Any]:
+    """Of numbers of turns there may be many, so they are packed."""
+    values = marks.to_dict()
+    packed = {name: np.asarray(values[name], "<u4").tobytes() for name in _NUMBERS}
+    return {**values, **packed, "pinned": tuple(values["pinned"])}
+
+
+_NUMBERS = ("dropped", "pinned_turns")
+
+
+def marks_of(state: Mapping[str, Any]) -> Marks:
+    """Raises SessionError for what is none."""
+    values = dict(state)
+    for name in _NUMBERS:
+        data = values.get(name, b"")
+        if not isinstance(data, bytes) or len(data) % 4:
+            raise SessionError(f"its {name} are no numbers")
+        values[name] = np.frombuffer(data, "<u4").tolist()
+    return Marks.from_dict(values)
+
+
+def cut_plan(spec: ModelSpec, size: Size, max_slice_nums: int) -> SlicePlan:
+    """How a model's pictures are cut.  Raises ImageError."""
+    rule = spec.slices
+    return plan_slices(
+        *size,
+        max_slice_nums=max_slice_nums,
+        scale_resolution=rule.scale_resolution,
+        patch_size=rule.patch_size,
+        max_patches=rule.max_patches,
+    )
+
+
+def image_of(original: Original, plan: SlicePlan, name: str = "") -> Image:
+    """In RGB, as large as the plan needs it.  Raises ImageError, BundleError."""
+    with open_image(original.read(), reference=original.reference, name=name) as opened:
+        return opened.read(at_least=plan.refined or plan.source)
+
+
+def cut_again(original: Original, plan: SlicePlan) -> list[NDArray[np.uint8]]:
+    """A picture's slices.  Raises ImageError, BundleError."""
+    return slice_image(image_of(original, plan), plan)
+
+
+def keep(image: Image) -> tuple[Callable[[], bytes], Callable[[], str]]:
+    """An RGB image whose owner may draw on it later: what reads it as a file, and a digest (see Original)."""
+    from PIL import Image as pil
+
+    size = image.size
+    if size[0] * size[1] > _PLAIN_PX:
+        data = to_file(image)
+        return lambda: data, lambda: hashlib.sha256(data).hexdigest()
+    pixels = image.tobytes()
+    return (
+        lambda: to_file(pil.frombytes("RGB", size, pixels)),
+        lambda: hashlib.sha256(f"{size[0]}x{size[1]} ".encode() + pixels).hexdigest(),
+    )
+
+
 class Keeper:
     """Turns -> what a bundle keeps of them, in one form of pictures, with embeddings or without."""
 
@@ -68,7 +144,7 @@ class Keeper:
             raise BundleError(f"images is {images!r}; known are {', '.join(FORMS)}")
         if images == "jpeg" and embeddings:
             raise BundleError('embeddings do not fit the pixels of images="jpeg": use another form, or none of them')
-        self._spec, self._store, self._form, self._embeddings = spec, store, images, embeddings
+        self._spec, self._store, self.form, self._embeddings = spec, store, images, embeddings
         self._turns: dict[int, tuple[Turn, SavedTurn]] = {}
         self._images: dict[Original, tuple[str, tuple[str, ...]]] = {}  # id of the file, keys
         self._handles: dict[str, ImageHandle] = {}  # by id of the file
@@ -85,14 +161,15 @@ class Keeper:
     def picture(self, name: str) -> bytes:
         """The file that turns named.  Raises BundleError."""
         handle = self._handles[name]
+        original = _original(handle)
         try:
-            data = b"" if self._form == "reencoded" else handle.original.read()
-            if self._form == "original" and len(data) <= MAX_DATA_BYTES:
+            data = original.read() if self.form == "original" else b""
+            if data and len(data) <= MAX_DATA_BYTES:
                 return data
-            image = handle.original.image(handle.plan, handle.name)
+            image = image_of(original, handle.plan, handle.name)
         except (ImageError, OSError) as error:
             raise BundleError(f"{handle.id} cannot be saved: {error}") from None
-        return to_file(image, lossy=self._form == "jpeg")
+        return to_file(image, lossy=self.form == "jpeg")
 
     def rows(self, key: str) -> NDArray[np.float32] | None:
         """The embedding under a key that turns named; None where it is not to be kept, or nobody has it."""
@@ -107,7 +184,7 @@ class Keeper:
         return SavedTurn(parts, turn.text, turn.ids, turn.stop_reason, turn.usage.to_dict())
 
     def _image(self, handle: ImageHandle) -> SavedImage:
-        original = handle.original
+        original = _original(handle)
         if original not in self._images:
             try:
                 self._images[original] = self._picture(handle)
@@ -123,38 +200,36 @@ class Keeper:
 
     def _picture(self, handle: ImageHandle) -> tuple[str, tuple[str, ...]]:
         """Id and keys of the picture as it will be in the bundle."""
-        if self._form == "none":
-            return "", handle.original.keys
-        name = handle.original.digest
-        if self._form == "original":
-            return name, handle.original.keys
+        original = _original(handle)
+        if self.form == "none":
+            return "", original.keys
+        name = original.digest
+        if self.form == "original":
+            return name, original.keys
         # Named after what it is made of, so that it need not be made to be named.
-        name = hashlib.sha256(f"{self._form} {name}".encode()).hexdigest()
-        if self._form == "reencoded":
-            return name, handle.original.keys
+        name = hashlib.sha256(f"{self.form} {name}".encode()).hexdigest()
+        if self.form == "reencoded":
+            return name, original.keys
         self._handles[name] = handle
         with open_image(self.picture(name)) as opened:
             slices = slice_image(opened.read(), handle.plan)
         return name, tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
 
 
+def _original(handle: ImageHandle) -> Original:
+    assert handle.original is not None
+    return handle.original
+
+
 class Restored:
     """A bundle's conversation for a model.
 
-    turns: as a session has them.  known: the bundle's ids of their pictures.  notes: what was lost or had to be made
-    again, in words.
+    turns, marks: as a session has them.  policy: None where it is not known.  known: the bundle's ids of the pictures.
+    notes: what was lost or had to be made again, in words.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        spec: ModelSpec,
-        tokenizer: ChatTokenizer,
-        store: Store,
-        plan: Callable[[Size, int], SlicePlan],
-    ) -> None:
-        """plan: how the session cuts a picture of a size into at most so many cells."""
-        self._bundle, self._spec, self._tokenizer, self._store, self._plan = bundle, spec, tokenizer, store, plan
+    def __init__(self, bundle: Bundle, spec: ModelSpec, tokenizer: ChatTokenizer, store: Store) -> None:
+        self._bundle, self._spec, self._tokenizer, self._store = bundle, spec, tokenizer, store
         self.known: dict[Original, str] = {}
         self.notes = [f"lost: {what}" for what in bundle.lost]
         saved, record = bundle.record.model, bundle.record
@@ -167,6 +242,31 @@ class Restored:
             self.notes.append(f"the model had another tokenizer ({_called(saved)}): the answers' tokens are made again")
         self._handles: dict[str, ImageHandle] = {}
         self.turns = [self._turn(turn, number) for number, turn in enumerate(record.turns, 1)]
+        self.marks, self.policy = Marks(), None
+        try:
+            self.marks = marks_of(record.state)
+        except SessionError as error:
+            self.notes.append(f"lost: what was pinned, forgotten and not sent any more ({error})")
+        try:
+            self.policy = _policy(record.settings.policy)
+        except SessionError as error:
+            self.notes.append(f"lost: what to do when the context is full ({error})")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a Session takes."""
+        settings = self._bundle.record.settings
+        return {
+            "system": settings.system,
+            "max_slice_nums": settings.max_slice_nums,
+            "use_image_id": settings.use_image_id,
+            "reference_pixels": settings.reference_pixels,
+            "policy": self.policy,
+            "sampling": settings.sampling,
+            "turns": self.turns,
+            "marks": self.marks,
+            "notes": self.notes,
+        }
 
     def _turn(self, saved: SavedTurn, number: int) -> Turn:
         parts = tuple(part if isinstance(part, str) else self._handle(part, number) for part in saved.parts)
@@ -186,7 +286,7 @@ class Restored:
         return self._handles[saved.id]
 
     def _make(self, saved: SavedImage, number: int) -> ImageHandle:
-        plan = self._plan(saved.size, saved.max_slice_nums)
+        plan = cut_plan(self._spec, saved.size, saved.max_slice_nums)
         slice_keys = saved.keys
         if not self._same_encoder or len(slice_keys) != plan.n_inputs:
             slice_keys = self._cut(saved, plan)
@@ -221,6 +321,7 @@ class Restored:
             saved.name,
             plan=plan,
             keys=tuple(theirs.get(key, key) for key in slice_keys),
+            pixels=lambda: cut_again(original, plan),
             original=original,
         )
 
@@ -251,6 +352,14 @@ class Restored:
                 digest.update(rows.data)
                 borrowed[digest.hexdigest()] = key
         return borrowed
+
+
+def _policy(values: Mapping[str, Any]) -> Policy | None:
+    """Raises SessionError."""
+    try:
+        return Policy(**values) if values else None
+    except TypeError:
+        raise SessionError(f"it is {ascii(dict(values))[:80]}") from None
 
 
 def _called(saved: SavedModel) -> str:

@@ -41,8 +41,8 @@ VERSION = 1
 MAX_MAP_BYTES = 4 << 20
 MAX_DATA_BYTES = 512 << 20
 MAX_SECTIONS = 1_000_000
-# A list or a map allocates its claimed length before its items are there, so the claims are bounded as well.
-_LIMITS = {"max_array_len": 8192, "max_map_len": 256, "max_ext_len": 0}
+# A list allocates its claimed length before its items are there, so the claims are bounded as well.
+_LIMITS = {"max_array_len": 8192, "max_map_len": 65_536, "max_ext_len": 0}
 
 _HEAD = struct.Struct(">8sI")
 _MAGIC = b"\x89mmchat\n"
@@ -219,7 +219,8 @@ class SectionFile:
             for data in sections:
                 self._write(at, data)
                 at += len(data)
-            os.fsync(self._descriptor)
+            if at > self.end:
+                os.fsync(self._descriptor)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self.end)
@@ -241,8 +242,7 @@ class SectionFile:
         if zlib.crc32(packed) != map_crc:
             return "a section is damaged"
         try:
-            # Tuples, for empty ones take no memory; text that is no UTF-8 is refused.
-            values = msgpack.unpackb(packed, raw=False, strict_map_key=True, use_list=False, **_LIMITS)
+            values = _unpack(packed)
         except Exception as error:  # of many kinds
             return f"a section is not msgpack ({type(error).__name__})"
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -282,6 +282,7 @@ def pack(kind: str, values: dict[str, Any], data: bytes = b"") -> list[bytes]:
     """One section, in pieces that follow each other.  Raises BundleError for one that could not be read again."""
     try:
         packed = msgpack.packb(values, use_bin_type=True)
+        _unpack(packed)
     except Exception as error:  # of many kinds
         raise BundleError(f"something that no file can hold ({error})") from None
     for n_bytes, most in ((len(packed), MAX_MAP_BYTES), (len(data), MAX_DATA_BYTES)):
@@ -289,6 +290,11 @@ def pack(kind: str, values: dict[str, Any], data: bytes = b"") -> list[bytes]:
             raise BundleError(f"{n_bytes:,} bytes in one section, over the bound of {most:,}")
     head = _SECTION.pack(kind.encode(), len(packed), len(data), zlib.crc32(packed), zlib.crc32(data))
     return [head + _CRC.pack(zlib.crc32(head)) + packed, data]
+
+
+def _unpack(packed: bytes) -> Any:
+    """Tuples for lists, for empty ones take no memory.  Refuses, among others, text that is no UTF-8."""
+    return msgpack.unpackb(packed, raw=False, strict_map_key=True, use_list=False, **_LIMITS)
 
 
 _READ_ERRORS = {errno.ENOENT: "no such file", errno.EISDIR: "is a folder, not a saved session"}

@@ -1,16 +1,18 @@
 """A conversation: the record of its turns, and how one more comes about.
 
     state       call                        becomes
-    idle        ask                         idle (a Reply that has not run)
+    idle        ask, edit, regenerate       idle (a Reply that has not run)
     idle        iterate the reply           running
     running     the answer ends             idle, the turn recorded
     running     cancel, close, Ctrl-C       idle, recorded as far as it was shown ("cancelled"); nothing shown, no turn
     running     error                       idle, nothing recorded
-    running     iterate another reply, undo SessionError
+    running     iterate another reply,      SessionError
+                undo, pin, forget, ...
 
 The record is the truth; what the engine's KV cache holds is its own business.  Every turn sends the whole
-conversation as pieces.  This module knows no template, no pixels and no processes: it is handed an Engine and a
-Vision.
+conversation as pieces, as far as it fits (mmchat.context); so taking turns back, asking one again and branching are
+nothing but other pieces, and cost what differs.  What a turn had to degrade is remembered when it is recorded, and only
+then.  This module knows no template, no pixels and no processes: it is handed an Engine and a Vision.
 """
 
 from __future__ import annotations
@@ -18,38 +20,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
+from mmchat.bundle import Bundle, Journal, SavedRecord, set_aside
+from mmchat.context import Change, Conversation, Policy, fit
 from mmchat.decoding import ids_of_text
-from mmchat.engine import Done, Engine, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
+from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
 from mmchat.errors import EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
+from mmchat.forecast import Outlook, Plan, make_plan, measured
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
-from mmchat.prompt import ChatTokenizer, Message, Picture, Prompt, Text, render
-from mmchat.record import ImageHandle, Original, Turn, Usage, keep
-from mmchat.saving import Keeper, Restored, saved_model
-from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
+from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
+from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
+from mmchat.saving import Keeper, Restored, cut_again, cut_plan, keep, saved_model, saved_settings, saved_state
+from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
 if TYPE_CHECKING:
     from mmchat.images import ImageSource
 
 _LOG = logging.getLogger("mmchat")
+_Value = TypeVar("_Value")
 
 
 class Session:
     """A conversation.  Made by Runtime.session and Runtime.load; for one thread at a time.
 
     notes: what was lost or had to be made again when it was loaded, in words.
-    unsaved: why the last turn is not in the file that autosave names; None where it is, or there is none.
+    unsaved: why the last change is not in the file that autosave names; None where it is, or there is none.
     """
 
     def __init__(
@@ -64,74 +70,208 @@ class Session:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
+        policy: Policy | str | Sequence[str] | None = None,
         sampling: Mapping[str, Any] | None = None,
+        turns: Sequence[Turn] = (),
+        marks: Marks | None = None,
+        notes: Sequence[str] = (),
+        outlook: Outlook | None = None,
     ) -> None:
-        """See Runtime.session."""
+        """See Runtime.session.
+
+        turns, marks, notes: a record to go on from.  outlook: what is known of the engine, shared by all its sessions.
+        """
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
-        self._vision, self._engine = vision, engine
+        self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
         self.system = system
         self.max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
         self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
         self.reference_pixels = reference_pixels
-        self._plan((1, 1), self.max_slice_nums)  # refuses an impossible one now
+        self.policy = Policy.of(policy)
         self.sampling = dict(sampling or {})
-        self._sampling()  # refuses impossible values now
-        self.notes: tuple[str, ...] = ()
+        self.notes = tuple(notes)
         self.unsaved: str | None = None
+        cut_plan(spec, (1, 1), self.max_slice_nums)  # refuses an impossible one now
+        self._sampling({})  # and impossible values
+        self._counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=self.use_image_id)
+        self._turns: tuple[Turn, ...] = tuple(turns)
+        self._marks = (marks or Marks()).of(self._turns)
+        self._spent = Usage()  # in this session, by whatever became of it
+        self._running = threading.Lock()
         self._journal: Journal | None = None
         self._keeper: Keeper | None = None
-        self._turns: list[Turn] = []
-        self._n_images = 0
-        self._running = False
 
     @property
     def turns(self) -> list[Turn]:
-        """The turns so far, oldest first."""
+        """The turns so far, oldest first; whether they are still sent or not."""
         return list(self._turns)
 
     @property
     def images(self) -> list[ImageHandle]:
         """The pictures of all turns, oldest first."""
-        return [part for turn in self._turns for part in turn.parts if isinstance(part, ImageHandle)]
+        return _images_of(self._turns)
+
+    @property
+    def marks(self) -> Marks:
+        """What of the turns is sent otherwise than it was said."""
+        return self._marks
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """By id, the number (from 1) of each picture that is sent to be seen: what "image 2" means to the model."""
+        return Conversation(self._system, self._turns).numbers(self._marks)
+
+    # Asking
 
     def ask(
         self,
-        text: str | Sequence[str | ImageSource],
-        images: ImageSource | Sequence[ImageSource] = (),
+        text: str | Sequence[str | ImageSource | ImageHandle],
+        images: ImageSource | ImageHandle | Sequence[ImageSource | ImageHandle] = (),
         **sampling: Any,
     ) -> Reply:
         """A question, with pictures before it.  Iterating over the Reply, or reading its text, runs it.
 
         text: the question; or a list of texts and pictures, where pictures stand within the text (in the list a str
-            is text: name a file there by a pathlib.Path).
-        images: one or a list: paths, file contents, PIL images or arrays (see mmchat.images.open_image).
+            is text: name a file there by a pathlib.Path).  @img2 in a text stands for that picture of the
+            conversation.
+        images: one or a list: paths, file contents, PIL images or arrays (see mmchat.images.open_image), or pictures
+            of this conversation, which are then sent once more, under a new id.
         sampling: fields of mmchat.engine.Sampling; the model's own values are the defaults.
 
         Raises at once: ImageError, SessionError (no question), PromptError (sampling).  Raises when run: ContextFull,
         SessionError (another reply is running), EngineError, StoreError.  A turn that fails leaves no trace.
         """
-        parts: list[Any] = [text] if isinstance(text, str) else list(text)
-        if not any(isinstance(part, str) and part.strip() for part in parts):
-            raise SessionError("the question is empty: ask something")
-        pictures: Any = images if isinstance(images, (list, tuple)) else [images]
-        prepared: list[str | _Prepared] = [self._prepare(picture) for picture in pictures]
-        prepared += [part if isinstance(part, str) else self._prepare(part) for part in parts]
-        return Reply(self, tuple(prepared), self._sampling(sampling))
+        return Reply(self, self._prepare_all(text, images), self._sampling(sampling))
 
-    def _sampling(self, given: Mapping[str, Any] | None = None) -> Sampling:
-        return Sampling.from_dict({**self._spec.sampling.to_dict(), **self.sampling, **(given or {})})
+    def plan(
+        self,
+        text: str | Sequence[str | ImageSource | ImageHandle],
+        images: ImageSource | ImageHandle | Sequence[ImageSource | ImageHandle] = (),
+        **sampling: Any,
+    ) -> Plan:
+        """What ask() with the same arguments would send and cost, now.  Nothing is encoded, computed or written.
+
+        Raises what asking raises, ContextFull included.
+        """
+        question = self._question(self._prepare_all(text, images), self._turns)
+        return self._plan(self._turns, self._marks, question, self._sampling(sampling))[0]
+
+    def edit(
+        self,
+        turn: int,
+        text: str | Sequence[str | ImageSource | ImageHandle],
+        images: ImageSource | ImageHandle | Sequence[ImageSource | ImageHandle] | None = None,
+        **sampling: Any,
+    ) -> Reply:
+        """Another question in the place of a turn's (numbered from 1), and the conversation goes on from there.
+
+        images: None keeps the turn's pictures, before the question.  The turn and those after it are replaced when
+        the answer is recorded, and stay where there is none (an error; cancelled before anything was shown).
+
+        Raises what ask() raises, and SessionError where there is no such turn.
+        """
+        old = self._turn(turn)
+        if images is None:
+            images = old.images if isinstance(text, str) else ()
+        return Reply(self, self._prepare_all(text, images), self._sampling(sampling), base=turn - 1)
+
+    def regenerate(self, **sampling: Any) -> Reply:
+        """The last question once more; its answer replaces the one before, as in edit().
+
+        Greedy answers do not change: give a temperature, or another seed.
+
+        Raises SessionError where there is no turn yet.
+        """
+        last = self._turn(len(self._turns) or 1)
+        return Reply(self, self._prepare_all(list(last.parts), ()), self._sampling(sampling), base=len(self._turns) - 1)
+
+    # The record
 
     def undo(self, n: int = 1) -> list[Turn]:
         """Take back the last n turns and their pictures; returns them, oldest first."""
-        if self._running:
-            raise SessionError("an answer is being streamed: finish or close it before undoing")
-        if not 1 <= n <= len(self._turns):
-            raise SessionError(f"cannot take back {n} turn(s): the conversation has {len(self._turns)}")
-        taken = self._turns[-n:]
-        del self._turns[-n:]
-        self._n_images = len(self.images)
-        self._autosave()
-        return taken
+        with self.claim("undoing"):
+            if not 1 <= n <= len(self._turns):
+                raise SessionError(f"cannot take back {n} turn(s): the conversation has {len(self._turns)}")
+            taken = self._turns[-n:]
+            self._turns = self._turns[:-n]
+            self._marks = self._marks.of(self._turns)
+            return list(taken)
+
+    def branch(self, at: int | None = None) -> Session:
+        """Another conversation that has the first `at` turns of this one (None: all), and its settings.
+
+        What the two have in common is found in the engine's cache by whichever asks next.  Where this one is autosaved,
+        the other is not.
+        """
+        at = len(self._turns) if at is None else at
+        if not 0 <= at <= len(self._turns):
+            raise SessionError(f"cannot branch after turn {at}: the conversation has {len(self._turns)}")
+        turns = self._turns[:at]
+        other = Session(
+            self._spec,
+            self._tokenizer,
+            self._store,
+            self._vision,
+            self._engine,
+            system=self.system,
+            max_slice_nums=self.max_slice_nums,
+            use_image_id=self.use_image_id,
+            reference_pixels=self.reference_pixels,
+            policy=self.policy,
+            sampling=self.sampling,
+            turns=turns,
+            marks=self._marks.of(turns),
+            outlook=self._outlook,
+        )
+        other._spent = self._spent
+        return other
+
+    def pin(self, what: str | ImageHandle | int) -> None:
+        """Keep a picture ("img2" or its handle), or a turn (its number), as it is now when the conversation is trimmed.
+
+        A pinned picture keeps its turn; a pinned turn, its pictures.  Raises SessionError: there is no such thing.
+        """
+        self._pin(what, True)
+
+    def unpin(self, what: str | ImageHandle | int) -> None:
+        """Let it go again when the conversation is trimmed.  Raises SessionError: there is no such thing."""
+        self._pin(what, False)
+
+    def forget(self, image: str | ImageHandle) -> None:
+        """Send a picture as a line of text from now on, until reattach.  A pin ends.  Raises SessionError."""
+        with self.claim("forgetting a picture"):
+            name = self._image(image).id
+            marks = self._marks
+            self._marks = replace(
+                marks,
+                forms={**marks.forms, name: "line"},
+                pinned=marks.pinned - {name},
+                returned=_without(marks.returned, name),
+            )
+
+    def reattach(self, image: str | ImageHandle) -> None:
+        """Send a picture whole again, where it was, whatever became of it; its turn too.
+
+        The next question costs the rows from there on.  The picture then counts as new, so that it is not the first to
+        go again.  (To show it once more after all that was said, ask with images=[its handle]: that costs its own rows
+        alone.)  Raises SessionError.
+        """
+        with self.claim("reattaching a picture"):
+            handle, marks = self._image(image), self._marks
+            if marks.form(handle) == "whole" and handle.turn not in marks.dropped:
+                return
+            self._marks = replace(
+                marks,
+                forms=_without(marks.forms, handle.id),
+                dropped=marks.dropped - {handle.turn},
+                returned={**marks.returned, handle.id: len(self._turns)},
+            )
+
+    def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
+        """The conversation as it is sent by now, with a further question where parts are given; it need not fit."""
+        return self._render(Conversation(self._system, self._turns, parts), self._marks)
+
+    # Files
 
     def save(self, path: str | Path, *, images: str = "original", embeddings: bool = False) -> None:
         """Write the conversation to a file, whole or not at all; Runtime.load opens it, here or elsewhere.
@@ -145,7 +285,8 @@ class Session:
         """
         keeper = Keeper(self._spec, self._store, images, embeddings)
         record = self._saved(keeper)
-        if self._journal is not None and os.path.realpath(self._journal.path) == os.path.realpath(path):
+        if self.saved_to is not None and os.path.realpath(self.saved_to) == os.path.realpath(path):
+            assert self._journal is not None
             self._journal.rewrite(record, keeper.picture, keeper.rows)
             self._keeper, self.unsaved = keeper, None
         else:
@@ -167,38 +308,40 @@ class Session:
             self._journal.close()
         self._journal, self._keeper, self.unsaved = journal, keeper, None
 
-    def restore(self, bundle: Bundle, *, autosave: bool = False) -> None:
-        """Become the conversation of a bundle.  See Runtime.load."""
-        if self._turns or self._running:
-            raise SessionError("this conversation has begun already: load into a new one")
-        restored = Restored(bundle, self._spec, self._tokenizer, self._store, self._plan)
-        self._turns, self.notes = restored.turns, tuple(restored.notes)
-        self._n_images = len(self.images)
-        if autosave:
-            self._resume(bundle, restored)
+    @property
+    def saved_to(self) -> Path | None:
+        """The file that is kept up to date."""
+        return self._journal.path if self._journal else None
 
-    def _resume(self, bundle: Bundle, restored: Restored) -> None:
-        """Go on in the bundle's file, or in a new one in its place where it is damaged or mostly waste."""
-        self._keeper = Keeper(self._spec, self._store, "original", bool(bundle.keys), restored.known)
-        record = self._saved(self._keeper)
+    @property
+    def saved_form(self) -> str:
+        """How pictures are kept there."""
+        return self._keeper.form if self._keeper else "original"
+
+    def resume(self, bundle: Bundle, restored: Restored) -> None:
+        """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
+        keeper = Keeper(self._spec, self._store, "original", bool(bundle.keys), restored.known)
+        record = self._saved(keeper)
         if bundle.damaged:
             self.notes += (f"the damaged file is kept as {set_aside(bundle.path).name}",)
         if bundle.damaged or bundle.is_mostly_waste:
-            self._journal = Journal.replace(bundle, record, self._keeper.picture, self._keeper.rows)
+            journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
         else:
-            self._journal = Journal.resume(bundle)
-            self._journal.write(record, self._keeper.picture, self._keeper.rows)
+            journal = Journal.resume(bundle)
+            journal.write(record, keeper.picture, keeper.rows)
+        self._journal, self._keeper = journal, keeper
 
     def saved(self) -> SavedRecord:
-        """The conversation as values, pictures by name only."""
+        """The conversation as values, without pictures."""
         return self._saved(Keeper(self._spec, self._store, "none", False))
 
     def _saved(self, keeper: Keeper) -> SavedRecord:
-        settings = SavedSettings(
-            self.system, self.max_slice_nums, self.use_image_id, self.reference_pixels, sampling=self.sampling
+        turns, marks = self._turns, self._marks
+        model = saved_model(self._spec, self._tokenizer, pictures=bool(_images_of(turns)))
+        settings = saved_settings(
+            self.system, self.max_slice_nums, self.use_image_id, self.reference_pixels, self.policy, self.sampling
         )
-        model = saved_model(self._spec, self._tokenizer, pictures=bool(self.images))
-        return SavedRecord(settings, model, keeper.turns(self._turns))
+        return SavedRecord(settings, model, keeper.turns(turns), saved_state(marks))
 
     def _autosave(self) -> None:
         if self._journal is None or self._keeper is None:
@@ -210,27 +353,77 @@ class Session:
             self.unsaved = str(error)  # the error itself would keep this session, and its file, from going
             _LOG.warning("not saved: %s", self.unsaved)
 
-    def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:
-        """The conversation as it would be sent, with a further question where parts are given."""
-        messages = [Message("system", (Text(self.system),))] if self.system else []
-        for turn in self._turns:
-            messages.append(Message("user", _prompt_parts(turn.parts)))
-            messages.append(Message("assistant", ids=turn.ids))
-        if parts:
-            messages.append(Message("user", _prompt_parts(parts)))
-        return render(messages, self._tokenizer, query_num=self._spec.vision.query_num, use_image_id=self.use_image_id)
+    def check_idle(self, doing: str = "") -> None:
+        """Raises SessionError while an answer is being streamed."""
+        if self._running.locked():
+            raise SessionError(
+                f"an answer is being streamed: finish or close it before {doing}"
+                if doing
+                else "another answer of this conversation is being streamed: finish or close it first"
+            )
 
-    def _plan(self, size: Size, max_slice_nums: int) -> SlicePlan:
-        rule = self._spec.slices
-        return plan_slices(
-            *size,
-            max_slice_nums=max_slice_nums,
-            scale_resolution=rule.scale_resolution,
-            patch_size=rule.patch_size,
-            max_patches=rule.max_patches,
-        )
+    @contextlib.contextmanager
+    def claim(self, doing: str = "") -> Iterator[None]:
+        """Nobody else runs or changes the conversation meanwhile; what it has become is then saved, where it is to be.
 
-    def _prepare(self, source: ImageSource) -> _Prepared:
+        Raises SessionError.
+        """
+        if not self._running.acquire(blocking=False):
+            self.check_idle(doing)
+            raise SessionError("another thread is changing this conversation")
+        try:
+            try:
+                yield
+            finally:
+                self._autosave()
+        finally:
+            self._running.release()
+
+    def _pin(self, what: str | ImageHandle | int, is_pinned: bool) -> None:
+        with self.claim("pinning"):
+            marks = self._marks
+            if isinstance(what, int):
+                self._turn(what)
+                turns = marks.pinned_turns | {what} if is_pinned else marks.pinned_turns - {what}
+                self._marks = replace(marks, pinned_turns=turns)
+            else:
+                name = self._image(what).id
+                self._marks = replace(marks, pinned=marks.pinned | {name} if is_pinned else marks.pinned - {name})
+
+    def _turn(self, number: int) -> Turn:
+        if not self._turns:
+            raise SessionError("there is no turn yet: ask something first")
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(self._turns):
+            raise SessionError(f"there is no turn {number!r}: they are 1 to {len(self._turns)}")
+        return self._turns[number - 1]
+
+    def _image(self, what: str | ImageHandle) -> ImageHandle:
+        name = what.id if isinstance(what, ImageHandle) else str(what).removeprefix("@")
+        for image in self.images:
+            if image.id == name:
+                return image
+        known = f"they are img1 to img{len(self.images)}" if self._turns and self.images else "there is none yet"
+        raise SessionError(f"there is no picture {name!r}: {known}")
+
+    # Preparing
+
+    def _prepare_all(self, text: Any, images: Any) -> tuple[str | _Prepared, ...]:
+        parts: list[Any] = [text] if isinstance(text, str) else list(text)
+        if not any(isinstance(part, str) and part.strip() for part in parts):
+            raise SessionError("the question is empty: ask something")
+        pictures: Any = images if isinstance(images, (list, tuple)) else [images]
+        prepared: list[str | _Prepared] = [self._prepare(picture) for picture in pictures]
+        prepared += [part if isinstance(part, str) else self._prepare(part) for part in parts]
+        return tuple(prepared)
+
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        return Sampling.from_dict({**self._spec.sampling.to_dict(), **self.sampling, **given})
+
+    def _prepare(self, source: ImageSource | ImageHandle) -> _Prepared:
+        if isinstance(source, ImageHandle):
+            if source.keys not in [image.keys for image in self.images]:
+                raise SessionError(f"{source.id} is a picture of another conversation: give its file")
+            return _Prepared(source.name, source.plan, source.keys, source.pixels, source.pixels, source.original)
         path = name = ""
         file = source if isinstance(source, bytes) else None
         if isinstance(source, (str, os.PathLike)):
@@ -239,53 +432,97 @@ class Session:
             with open_image(source):  # a clear error, before all of a file is read that is no picture
                 pass
             file = Path(source).read_bytes()
-        reference, max_slice_nums = self.reference_pixels, self.max_slice_nums
-        with open_image(source if file is None else file, reference=reference, name=path) as opened:
-            plan = self._plan(opened.size, max_slice_nums)
+        rules: dict[str, Any] = {"max_slice_nums": self.max_slice_nums, "reference": self.reference_pixels}
+        with open_image(source if file is None else file, reference=self.reference_pixels, name=path) as opened:
+            plan = cut_plan(self._spec, opened.size, self.max_slice_nums)
             image = opened.read(at_least=plan.refined or plan.source)
             slices = slice_image(image, plan)
             # The file as it is now, or the pixels: file, image or array may be changed later.
             read, digest = keep(image) if file is None else ((lambda: file), None)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
-        original = Original(read, keys, max_slice_nums=max_slice_nums, reference=reference, digest=digest)
-        return _Prepared(name, plan, keys, slices, original)
+        original = Original(read, keys, **rules, digest=digest)
+        return _Prepared(name, plan, keys, lambda: slices, lambda: cut_again(original, plan), original)
 
-    def _handle(self, prepared: _Prepared, number: int) -> ImageHandle:
-        return ImageHandle(
-            f"img{number}",
-            prepared.plan.size,
-            prepared.plan.n_inputs,
-            prepared.plan.n_inputs * self._spec.vision.query_num,
-            len(self._turns) + 1,
-            prepared.name,
-            plan=prepared.plan,
-            keys=prepared.keys,
-            original=prepared.original,
+    def _question(self, prepared: Sequence[str | _Prepared], turns: Sequence[Turn]) -> tuple[str | ImageHandle, ...]:
+        """The parts of a question after these turns."""
+        n_images, parts = len(_images_of(turns)), list[str | ImageHandle]()
+        for part in prepared:
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            n_images += 1
+            parts.append(
+                ImageHandle(
+                    f"img{n_images}",
+                    part.plan.size,
+                    part.plan.n_inputs,
+                    part.plan.n_inputs * self._spec.vision.query_num,
+                    len(turns) + 1,
+                    part.name,
+                    plan=part.plan,
+                    keys=part.keys,
+                    pixels=part.again,
+                    original=part.original,
+                )
+            )
+        return tuple(parts)
+
+    @property
+    def _system(self) -> Message:
+        return Message("system", (Text(self.system or DEFAULT_SYSTEM_PROMPT),))
+
+    def _render(self, conversation: Conversation, marks: Marks) -> Prompt:
+        return render(
+            conversation.messages(marks),
+            self._tokenizer,
+            query_num=self._spec.vision.query_num,
+            use_image_id=self.use_image_id,
         )
 
-    def check_idle(self) -> None:
-        """Raises SessionError while an answer is being streamed."""
-        if self._running:
-            raise SessionError("another answer of this conversation is being streamed: finish or close it first")
+    def _plan(
+        self, turns: Sequence[Turn], marks: Marks, question: Sequence[str | ImageHandle], sampling: Sampling
+    ) -> tuple[Plan, Prompt]:
+        """Raises ContextFull."""
+        conversation = Conversation(self._system, turns, question)
+        cap, max_new_tokens = self._engine.context_rows, sampling.max_new_tokens
+        fitted = fit(
+            conversation,
+            marks,
+            self._counter,
+            cap=cap,
+            max_new_tokens=max_new_tokens,
+            policy=self.policy,
+            longest=self._outlook.longest,
+        )
+        prompt = self._render(conversation, fitted.marks)
+        check_fits(prompt.n_rows, max_new_tokens, cap)
+        missing = {key for image in images_in(question) for key in image.keys if not self._store.peek(key)}
+        reused = self._outlook.reused(prompt.pieces)
+        speeds = self._outlook.speeds(measured(self._spent))
+        return make_plan(conversation, fitted, max_new_tokens, cap, reused, len(missing), speeds), prompt
 
-    def _run(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> Iterator[str]:
-        """One turn: encode what the store lacks, generate, record.  Yields the answer's text."""
-        self.check_idle()
-        self._running = True
+    # Running
+
+    def run(self, reply: Reply, prepared: Sequence[str | _Prepared], base: int | None) -> Generator[str, None, None]:
+        """One turn: see what fits, encode what the store lacks, generate, record.  Yields the answer's text.
+
+        base: how many turns the new one comes after; None: all.  For who holds the claim.
+        """
         started = time.perf_counter()
-        parts: list[str | ImageHandle] = []
+        question: tuple[str | ImageHandle, ...] = ()
+        turns = self._turns[:base]
         shown: list[int] = []
         done: Done | None = None
         failed = False
         try:
-            for part in prepared:
-                n = self._n_images + 1 + len(_images(parts))
-                parts.append(part if isinstance(part, str) else self._handle(part, n))
-            prompt = self.prompt(parts)
-            check_fits(prompt.n_rows, reply.sampling.max_new_tokens, self._engine.context_rows)
-            with self._store.lease({key for image in [*self.images, *_images(parts)] for key in image.keys}):
+            if base is not None and base >= len(self._turns):
+                raise SessionError(f"turn {base + 1}, which was to be replaced, is not there any more")
+            question = self._question(prepared, turns)
+            marks = _kept_pins(self._marks, self._marks.of(turns), question, base)
+            reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling)
+            with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
                 self._encode(reply, prepared)
-                events = self._generate(reply, prompt, parts, shown)
+                events = self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
                 try:
                     for event in events:
                         if isinstance(event, Done):
@@ -305,13 +542,14 @@ class Session:
             failed = True
             raise
         finally:
-            self._running = False
             reply.finish(started, done)
+            usage = reply.usage_so_far
+            self._spent += usage
             if not failed and (reply.text_so_far or (done is not None and done.reason != "cancelled")):
                 ids = self._spelled(shown, reply.text_so_far) if done is None else done.ids
-                self._turns.append(Turn(tuple(parts), reply.text_so_far, ids, reply.reason_so_far, reply.usage_so_far))
-                self._n_images = len(self.images)
-                self._autosave()
+                assert reply.plan_so_far is not None
+                self._turns = (*turns, Turn(question, reply.text_so_far, ids, reply.reason_so_far, usage))
+                self._marks = reply.plan_so_far.marks
 
     def _spelled(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         """The tokens of exactly the text that was shown: more may have been generated, or held back."""
@@ -319,9 +557,12 @@ class Session:
 
     def _encode(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> None:
         wanted = [part for part in prepared if not isinstance(part, str)]
-        slices = [pair for part in wanted for pair in zip(part.keys, part.slices, strict=True)]
-        missing = {key: pixels for key, pixels in slices if not self._store.has(key)}
-        reply.count(slices_cached=len(slices) - len(missing))
+        missing: dict[str, NDArray[np.uint8]] = {}
+        for part in wanted:
+            lacking = {key for key in part.keys if not self._store.has(key)}
+            if lacking:
+                missing.update(pair for pair in zip(part.keys, part.slices(), strict=True) if pair[0] in lacking)
+        reply.count(slices_cached=sum(len(part.keys) for part in wanted) - len(missing))
         self._encode_slices(reply, missing)
 
     def _encode_slices(self, reply: Reply, missing: dict[str, NDArray[np.uint8]]) -> None:
@@ -331,12 +572,13 @@ class Session:
         reply.count(slices_encoded=done.n_slices, restarts=done.restarts, encode_s=done.seconds)
 
     def _generate(
-        self, reply: Reply, prompt: Prompt, parts: Sequence[str | ImageHandle], shown: list[int]
+        self, reply: Reply, prompt: Prompt, images: Sequence[ImageHandle], shown: list[int]
     ) -> Iterator[Token | Done]:
         """The engine's tokens; embeddings that vanished from the store meanwhile are made again, once."""
         for attempt in (1, 2):
             if reply.should_stop():
                 return
+            self._outlook.lost()  # until the engine has told
             try:
                 for event in self._engine.generate(prompt.pieces, reply.sampling, reply.should_stop, resume_ids=shown):
                     if isinstance(event, Prefill):
@@ -346,44 +588,54 @@ class Session:
                     else:
                         if isinstance(event, Token):
                             shown.append(event.id)
+                        else:
+                            self._outlook.sent(prompt.pieces, event.n_reused + event.n_prefilled, _fed(shown, event))
                         yield event
                 return
             except MissingEmbeddings as error:
                 if attempt == 2:
                     raise
                 lost = set(error.keys)
-            for image in [*self.images, *_images(parts)]:
-                for key in lost.intersection(image.keys):
-                    rows = image.original.embedding(key)
-                    if rows is not None:
-                        self._store.put(key, rows)
-                        lost.discard(key)
-            again: dict[str, NDArray[np.uint8]] = {}
-            for image in [*self.images, *_images(parts)]:
-                if lost.intersection(image.keys) - set(again):
-                    again.update(zip(image.keys, self._cut_again(image), strict=True))
-            self._encode_slices(reply, {key: pixels for key, pixels in again.items() if key in lost})
+            self._encode_slices(reply, self._make_again(images, lost))
 
-    def _cut_again(self, image: ImageHandle) -> list[NDArray[np.uint8]]:
-        """Raises ImageError, BundleError: the picture is gone, or another than the one that the keys are of."""
-        try:
-            slices = image.pixels()
-        except ImageError as error:
-            raise ImageError(f"{image.id} cannot be cut again: {error}") from None
-        if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices) != image.keys:
-            raise ImageError(f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was")
-        return slices
+    def _make_again(self, images: Sequence[ImageHandle], lost: set[str]) -> dict[str, NDArray[np.uint8]]:
+        """The slices under these keys, but for embeddings that came with a saved conversation: those are put back.
+
+        Raises ImageError, BundleError: a picture is gone, or another than the one that its keys are of.
+        """
+        slices: dict[str, NDArray[np.uint8]] = {}
+        for image in images:
+            for key in lost.intersection(image.keys) - set(slices):
+                rows = image.original.embedding(key) if image.original else None
+                if rows is not None:
+                    self._store.put(key, rows)
+                    lost.discard(key)
+            if lost.intersection(image.keys) - set(slices):
+                try:
+                    found = image.pixels()
+                except ImageError as error:
+                    raise ImageError(f"{image.id} cannot be cut again: {error}") from None
+                if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in found) != image.keys:
+                    raise ImageError(
+                        f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was"
+                    )
+                slices.update(zip(image.keys, found, strict=True))
+        return {key: pixels for key, pixels in slices.items() if key in lost}
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture that was read and cut, not yet part of the conversation."""
+    """A picture that was read and cut, not yet part of the conversation.
+
+    slices: the encoder's inputs.  again: cuts it once more, later.
+    """
 
     name: str
     plan: SlicePlan
     keys: tuple[str, ...]
-    slices: list[NDArray[np.uint8]]
-    original: Original
+    slices: Callable[[], list[NDArray[np.uint8]]]
+    again: Callable[[], list[NDArray[np.uint8]]]
+    original: Original | None
 
 
 class Reply:
@@ -392,7 +644,15 @@ class Reply:
     on_wait, where set before it runs: called with ("encode" | "prefill", done, total).
     """
 
-    def __init__(self, session: Session, prepared: tuple[str | _Prepared, ...], sampling: Sampling) -> None:
+    def __init__(
+        self,
+        session: Session,
+        prepared: tuple[str | _Prepared, ...],
+        sampling: Sampling,
+        *,
+        base: int | None = None,
+    ) -> None:
+        """base: how many turns of the session it comes after, in place of what is there; None: all."""
         if sampling.seed is None:  # drawn here, so that a crashed worker's successor goes on with the same one
             sampling = replace(sampling, seed=time.time_ns() & 0x7FFF_FFFF)
         self.sampling = sampling
@@ -400,7 +660,8 @@ class Reply:
         self.text_so_far = ""
         self.usage_so_far = Usage()
         self.reason_so_far: StopReason = "cancelled"
-        self._session = session
+        self.plan_so_far: Plan | None = None
+        self._session, self._base = session, base
         self._prepared: tuple[str | _Prepared, ...] | None = prepared  # None: it has run
         self._chunks: list[str] = []
         self._error: BaseException | None = None
@@ -413,18 +674,19 @@ class Reply:
             if self._error is not None:
                 raise self._error
             return
-        self._session.check_idle()
-        prepared, self._prepared = self._prepared, None
-        try:
-            for text in self._session._run(self, prepared):
-                self._chunks.append(text)
-                yield text
-        except EngineBusy:
-            self._prepared = prepared  # nothing has happened yet: it may be tried again
-            raise
-        except Exception as error:
-            self._error = error
-            raise
+        with self._session.claim():
+            prepared, self._prepared = self._prepared, None
+            try:
+                with contextlib.closing(self._session.run(self, prepared, self._base)) as texts:
+                    for text in texts:
+                        self._chunks.append(text)
+                        yield text
+            except EngineBusy:
+                self._prepared = prepared  # nothing has happened yet: it may be tried again
+                raise
+            except Exception as error:
+                self._error = error
+                raise
 
     @property
     def text(self) -> str:
@@ -443,6 +705,18 @@ class Reply:
         """Counts and times; waits for the end."""
         self._finish()
         return self.usage_so_far
+
+    @property
+    def plan(self) -> Plan:
+        """What was sent, and what it was expected to cost; waits for the end."""
+        self._finish()
+        assert self.plan_so_far is not None
+        return self.plan_so_far
+
+    @property
+    def degraded(self) -> tuple[Change, ...]:
+        """What is sent otherwise from this answer on, for it would not have fitted; waits for the end."""
+        return self.plan.degraded
 
     def cancel(self) -> None:
         """End the answer soon; from any thread.  What was shown is kept."""
@@ -474,9 +748,27 @@ class Reply:
 _FROM_DONE = ("n_prompt", "n_reused", "n_prefilled", "n_new", "prefill_s", "generate_s")
 
 
-def _images(parts: Sequence[str | ImageHandle]) -> list[ImageHandle]:
-    return [part for part in parts if isinstance(part, ImageHandle)]
+def _images_of(turns: Sequence[Turn]) -> list[ImageHandle]:
+    return [image for turn in turns for image in turn.images]
 
 
-def _prompt_parts(parts: Sequence[str | ImageHandle]) -> tuple[Text | Picture, ...]:
-    return tuple(Text(part) if isinstance(part, str) else Picture(part.plan, part.keys) for part in parts)
+def _fed(shown: Sequence[int], done: Done) -> Sequence[int]:
+    """The tokens that the engine has fed itself: not the last one where that ended the answer."""
+    ended = done.reason == "length" or (done.reason == "stop" and done.ids != tuple(shown))
+    return shown[:-1] if ended else shown
+
+
+def _kept_pins(before: Marks, marks: Marks, question: Sequence[str | ImageHandle], base: int | None) -> Marks:
+    """Where a question takes the place of another, what was pinned of that stays pinned."""
+    if base is None:
+        return marks
+    ids = {image.id for image in images_in(question)}
+    return replace(
+        marks,
+        pinned=marks.pinned | (before.pinned & ids),
+        pinned_turns=marks.pinned_turns | (before.pinned_turns & {base + 1}),
+    )
+
+
+def _without(values: Mapping[str, _Value], name: str) -> dict[str, _Value]:
+    return {key: value for key, value in values.items() if key != name}

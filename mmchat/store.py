@@ -106,6 +106,10 @@ class Store:
             raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from None
         return True
 
+    def peek(self, key: str) -> bool:
+        """Whether an embedding is there, as far as its name tells.  Neither a use nor a check: nothing is written."""
+        return self._path(key).is_file()
+
     def get(self, key: str) -> NDArray[np.float32] | None:
         """(rows, width) float32, mapped and read-only; None where it is missing, or was damaged and is now removed."""
         path = self._path(key)

@@ -2,8 +2,8 @@
 
 The contract:
 
-* A request goes out, events come back, then the end or an error.  One request at a time; a second thread waits, the
-  same thread gets EngineBusy.
+* A request goes out, events come back, then the end or an error.  One request at a time; other threads wait and get
+  their turns in the order in which they came, the same thread gets EngineBusy.
 * A dead child is an ordinary event: WorkerDied, with its exit code and the tail of its stderr.  The next request
   starts a new child.  Whether to ask again is the caller's decision.
 * A child that is silent for longer than its request allows is killed: WorkerTimeout.  (No heartbeats: a hung C call
@@ -49,24 +49,36 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 
 
 class Exclusive:
-    """A lock that tells the thread that holds it, instead of letting it wait for itself.  busy: what it is told."""
+    """A lock that threads get in the order in which they came.
+
+    So who asks again at once goes behind those who wait.  The thread that holds it is told, instead of letting it wait
+    for itself.  busy: what it is told.
+    """
 
     def __init__(self, busy: str) -> None:
         self._busy = busy
-        self._lock = threading.Lock()
-        self._owner = 0
+        self._changed = threading.Condition()
+        self._threads: collections.deque[int] = collections.deque()  # the first holds it
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Raises EngineBusy."""
-        if self._owner == threading.get_ident():
-            raise errors.EngineBusy(f"{self._busy}: finish or close that first")
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = 0
+    def held(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """False where should_stop ended the waiting; then it is not held.  Raises EngineBusy."""
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._threads:
+                raise errors.EngineBusy(f"{self._busy}: finish or close that first")
+            self._threads.append(me)
+        is_mine = False
+        try:
+            with self._changed:
+                while self._threads[0] != me and not should_stop():
+                    self._changed.wait(_STEP_S)
+                is_mine = self._threads[0] == me
+            yield is_mine
+        finally:
+            with self._changed:
+                self._threads.remove(me)
+                self._changed.notify_all()
 
 
 class Worker:
@@ -298,7 +310,9 @@ class Call:
         Leaving the iteration early cancels the request and waits for its end.
         """
         worker = self._worker
-        with worker._exclusive():
+        with worker._exclusive(self._should_stop) as is_mine:
+            if not is_mine:  # cancelled while others had their turns
+                return
             worker._last_id += 1
             self._id = worker._last_id
             try:

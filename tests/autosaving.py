@@ -16,6 +16,7 @@ import numpy as np
 from mmchat.bundle import Bundle
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer
+from mmchat.saving import Restored
 from mmchat.session import Session
 from mmchat.store import Store
 from tests.fakes import FakeEngine, FakeVision
@@ -27,10 +28,14 @@ def main(file: Path, root: Path) -> None:
     spec = open_model("demo")
     tokenizer, store = ChatTokenizer(spec.tokenizer_path), Store(root)
     engine = FakeEngine(tokenizer, store, spec.llm.hidden_size, context_rows=1_000_000)
-    chat = Session(spec, tokenizer, store, FakeVision(store, spec.vision.query_num, spec.llm.hidden_size), engine)
+    vision = FakeVision(store, spec.vision.query_num, spec.llm.hidden_size)
     if file.exists():
-        chat.restore(Bundle(file, write=True), autosave=True)
+        bundle = Bundle(file, write=True)
+        restored = Restored(bundle, spec, tokenizer, store)
+        chat = Session(spec, tokenizer, store, vision, engine, **restored.options)
+        chat.resume(bundle, restored)
     else:
+        chat = Session(spec, tokenizer, store, vision, engine)
         chat.autosave(file)
     while True:
         number = len(chat.turns)

@@ -90,7 +90,7 @@ records = st.builds(
         st.none() | st.integers(1, 1000),
         st.none() | st.booleans(),
         st.booleans(),
-        st.sampled_from(["", "error"]),
+        st.sampled_from([{}, {"steps": ("turns",), "keep": 0.5}]),
         samplings,
     ),
     st.builds(
@@ -394,13 +394,13 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
         {"settings": {}},
         {"model": []},
         *(
-            {"settings": {"reference_pixels": False, "policy": "", "sampling": {}, **change}}
+            {"settings": {"reference_pixels": False, "policy": {}, "sampling": {}, **change}}
             for change in (
                 {"system": 1},
                 {"max_slice_nums": 10**9},
                 {"use_image_id": 3},
                 {"policy": "../x"},
-                {"policy": "a" * 99},
+                {"policy": None},
                 {"sampling": {"max_new_tokens": -1}},
                 {"sampling": {"max_new_tokens": "many"}},
                 {"sampling": {"colour": 1}},
@@ -416,7 +416,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
 )
 def test_settings_that_are_none(tmp_path: Path, change: dict[str, Any]) -> None:
     good = {
-        "settings": {"reference_pixels": False, "policy": "", "sampling": {}},
+        "settings": {"reference_pixels": False, "policy": {}, "sampling": {}},
         "model": {"name": "a", "encoder": "", "tokenizer": "", "prompt": 1},
     }
     pieces = pack("SETT", {**good, **change}) + pack("TURN", good_turn())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +18,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from PIL import Image
 
 from mmchat.bundle import Bundle, Journal, SavedImage, SavedModel, SavedRecord, SavedSettings, SavedTurn
-from mmchat.errors import BundleError, EngineError, MmchatError, PromptError, SessionError
+from mmchat.context import Policy
+from mmchat.errors import BundleError, ContextFull, EngineError, MmchatError, PromptError
 from mmchat.images import read_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer
-from mmchat.saving import FORMS, saved_model, spells
-from mmchat.sections import SectionFile
-from mmchat.session import Session
+from mmchat.record import Marks
+from mmchat.saving import FORMS, Restored, cut_plan, image_of, saved_model, spells
+from mmchat.sections import SectionFile, pack
+from mmchat.session import Reply, Session
 from mmchat.store import Store, slice_key
 from tests.fakes import FakeVision
 from tests.test_bundle import no_rows
@@ -74,18 +80,24 @@ SOURCES: list[Any] = [
 class Other:
     """Another program: sessions on a store of its own, or the same one."""
 
-    def __init__(self, root: Path, spec: ModelSpec = SPEC, tokenizer: ChatTokenizer = TOKENIZER) -> None:
+    def __init__(
+        self, root: Path, spec: ModelSpec = SPEC, tokenizer: ChatTokenizer = TOKENIZER, context_rows: int = 8192
+    ) -> None:
         self.store = Store(root)
         self.spec, self.tokenizer = spec, tokenizer
-        self.engine = FaultyEngine(tokenizer, self.store, WIDTH, context_rows=8192)
+        self.engine = FaultyEngine(tokenizer, self.store, WIDTH, context_rows=context_rows)
         self.vision = FakeVision(self.store, QUERY_NUM, WIDTH)
 
     def session(self, **options: Any) -> Session:
         return Session(self.spec, self.tokenizer, self.store, self.vision, self.engine, **options)
 
     def load(self, path: Path, *, autosave: bool = False) -> Session:
-        session = self.session()
-        session.restore(Bundle(path, write=autosave), autosave=autosave)
+        """As Runtime.load does."""
+        bundle = Bundle(path, write=autosave)
+        restored = Restored(bundle, self.spec, self.tokenizer, self.store)
+        session = self.session(**restored.options)
+        if autosave:
+            session.resume(bundle, restored)
         return session
 
 
@@ -144,8 +156,7 @@ def test_a_saved_conversation_goes_on_alike(
     other = Other(root / "other" if other_machine else setup.store.root)
     loaded = other.load(root / "file")
     assert loaded.notes == ()
-    assert (loaded.system, loaded.max_slice_nums) == (None, 9)  # restore is about turns; Runtime.load sets these
-    loaded.system, loaded.max_slice_nums = "Be brief.", 4
+    assert (loaded.system, loaded.max_slice_nums) == ("Be brief.", 4)
     if other_machine and embeddings:
         assert [turn.text for turn in loaded.turns] == [turn.text for turn in setup.chat.turns]
         other.vision.faults.append(EngineError("no encoder is needed"))
@@ -176,7 +187,8 @@ def test_forms_of_pictures(setup: Setup, file: Path, tmp_path: Path, form: str) 
         assert b"secret place" in SOURCES[1]
     for data, handle in zip(kept, handles, strict=True):
         image = read_image(data)
-        exact = np.asarray(handle.original.image(handle.plan))
+        assert handle.original
+        exact = np.asarray(image_of(handle.original, handle.plan))
         if form == "jpeg":
             assert Image.open(io.BytesIO(data)).format == "JPEG"
             difference = np.abs(np.asarray(image).astype(int) - exact).mean()
@@ -461,7 +473,7 @@ def test_a_picture_that_is_not_the_one_that_was_saved(setup: Setup, file: Path) 
 def test_a_picture_that_cannot_be_cut(
     setup: Setup, file: Path, data: bytes, size: tuple[int, int], same_encoder: bool
 ) -> None:
-    plan = setup.chat._plan(size, 9)
+    plan = cut_plan(SPEC, size, 9)
     keys = tuple(hashlib.sha256(bytes([i])).hexdigest() for i in range(plan.n_inputs))
     image = forged("a.png", data, size, keys=keys)
     write(file, saved_turn("Red.", TOKENIZER.encode("Red."), image), picture=lambda name: data)
@@ -621,6 +633,184 @@ def test_an_unreadable_picture_does_not_keep_the_rest_from_being_saved(
     assert len(Bundle(tmp_path / "again").record.turns) == 1
 
 
+class Kept(RuleBasedStateMachine):
+    """Whatever happens to an autosaved conversation: who opens its file has the very conversation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.root = Path(self.folder.name)
+        self.path = self.root / "talk"
+        self.program = Other(self.root / "store", context_rows=500)
+        self.chat = self.program.session(system="Be brief.", policy="line,turns,overview")
+        self.chat.autosave(self.path)
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    def run(self, reply: Reply, answer: str, n_chunks: int | None = None) -> None:
+        self.program.engine.script[:] = [answer]
+        with contextlib.suppress(ContextFull):
+            for n, _ in enumerate(reply):
+                if n == n_chunks:
+                    break
+
+    numbers = st.lists(st.sampled_from(range(7)), max_size=2)
+    answers = st.sampled_from(ANSWERS)
+
+    @rule(sources=numbers, answer=answers, n_chunks=st.none() | st.integers(0, 3))
+    def ask(self, sources: list[int], answer: str, n_chunks: int | None) -> None:
+        self.run(self.chat.ask("And @img1?", [SOURCES[i] for i in sources], max_new_tokens=60), answer, n_chunks)
+
+    @precondition(lambda self: self.chat.turns)
+    @rule(data=st.data(), sources=numbers, answer=answers)
+    def edit(self, data: Any, sources: list[int], answer: str) -> None:
+        turn = data.draw(st.integers(1, len(self.chat.turns)))
+        images = [SOURCES[i] for i in sources] or None
+        self.run(self.chat.edit(turn, "Or?", images, max_new_tokens=60), answer)
+
+    @precondition(lambda self: self.chat.turns)
+    @rule(answer=answers)
+    def regenerate(self, answer: str) -> None:
+        self.run(self.chat.regenerate(max_new_tokens=60), answer)
+
+    @precondition(lambda self: self.chat.turns)
+    @rule(data=st.data())
+    def undo(self, data: Any) -> None:
+        self.chat.undo(data.draw(st.integers(1, len(self.chat.turns))))
+
+    @precondition(lambda self: self.chat.images)
+    @rule(data=st.data(), what=st.sampled_from(["pin", "unpin", "forget", "reattach"]))
+    def mark(self, data: Any, what: str) -> None:
+        getattr(self.chat, what)(data.draw(st.sampled_from([image.id for image in self.chat.images])))
+
+    @precondition(lambda self: self.chat.turns)
+    @rule(data=st.data(), what=st.sampled_from(["pin", "unpin"]))
+    def mark_turn(self, data: Any, what: str) -> None:
+        getattr(self.chat, what)(data.draw(st.integers(1, len(self.chat.turns))))
+
+    @precondition(lambda self: self.chat.images)
+    @rule(data=st.data(), answer=answers)
+    def show_again(self, data: Any, answer: str) -> None:
+        self.run(self.chat.ask("This?", data.draw(st.sampled_from(self.chat.images)), max_new_tokens=60), answer)
+
+    @rule()
+    def fail(self) -> None:
+        self.program.engine.fault = (0, EngineError("broken"))
+        with contextlib.suppress(EngineError, ContextFull):
+            list(self.chat.ask("What?", max_new_tokens=60))
+        self.program.engine.fault = None
+
+    @rule()
+    def branch(self) -> None:
+        """Which is not saved; the conversation that it comes from goes on being."""
+        other = self.chat.branch()
+        self.run(other.ask("Else?", max_new_tokens=60), "No.")
+        assert other.saved_to is None
+
+    @rule()
+    def save(self) -> None:
+        """Elsewhere, which changes nothing, or there, which cleans the file."""
+        self.chat.save(self.root / "copy", images="reencoded")
+        assert self.same(self.program.load(self.root / "copy"))
+        self.chat.save(self.path)
+
+    @rule(same_store=st.booleans())
+    def resume(self, same_store: bool) -> None:
+        """By another program, on the same machine or one that has nothing but the file."""
+        self.chat.autosave(None)
+        if not same_store:
+            self.program = Other(self.root / f"store {next(_numbers)}", context_rows=500)
+        self.chat = self.program.load(self.path, autosave=True)
+        assert self.chat.notes == ()
+
+    @rule(n=st.integers(1, 60))
+    def be_killed(self, n: int) -> None:
+        """While something is written at the end."""
+        self.chat.autosave(None)
+        with self.path.open("ab") as file:
+            file.write(b"".join(pack("TURN", {"n": 0}, bytes(40)))[:n])
+        self.chat = self.program.load(self.path, autosave=True)
+        assert self.chat.notes == ("lost: what was being saved when the file was cut off",)
+
+    def same(self, other: Session) -> bool:
+        same_turns(self.chat, other)
+        assert other.marks == self.chat.marks
+        assert other.policy == self.chat.policy
+        assert other.system == self.chat.system
+        assert other.prompt().pieces == self.chat.prompt().pieces
+        return other.notes == ()
+
+    @invariant()
+    def the_file_is_the_conversation(self) -> None:
+        assert self.chat.unsaved is None
+        assert self.same(self.program.load(self.path))
+
+
+_numbers = itertools.count()
+
+
+def test_conversations_that_are_kept() -> None:
+    examples = settings().max_examples // 5
+    run_state_machine_as_test(Kept, settings=settings(max_examples=examples, stateful_step_count=20))
+
+
+def test_what_is_pinned_forgotten_and_dropped_is_kept(tmp_path: Path) -> None:
+    program = Other(tmp_path / "store", context_rows=400)
+    chat = program.session(policy=Policy(("overview", "turns"), keep=0.75))
+    for number in range(12):
+        say(program, chat, "Yes.", "What?", images=[SOURCES[number % 4]], max_new_tokens=20)
+    chat.pin("img12")
+    chat.pin(10)
+    chat.forget("img11")
+    chat.reattach("img1")
+    assert chat.marks.dropped
+    assert chat.marks.forms
+    chat.save(tmp_path / "talk")
+    loaded = Other(tmp_path / "other", context_rows=400).load(tmp_path / "talk")
+    assert loaded.marks == chat.marks
+    assert loaded.policy == chat.policy
+    assert loaded.notes == ()
+    # Of what is not there, nothing is known either.
+    record = Bundle(tmp_path / "talk").record
+    bundle = Bundle(tmp_path / "talk")
+    Journal.create(tmp_path / "cut", replace(record, turns=record.turns[:5]), bundle.picture, no_rows)
+    assert program.load(tmp_path / "cut").marks == chat.marks.of(chat.turns[:5])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"forms": {"img1": "gone"}},
+        {"forms": {"../x": "line"}},
+        {"forms": 3},
+        {"dropped": b"\1\0\0"},
+        {"dropped": (1, 2)},
+        {"pinned": ("img1", 7)},
+        {"pinned_turns": b"\xff\xff\xff\xff"},
+        {"returned": {"img1": -1}},
+    ],
+)
+def test_marks_that_are_none(setup: Setup, file: Path, state: dict[str, Any]) -> None:
+    model = saved_model(SPEC, TOKENIZER, pictures=False)
+    record = SavedRecord(SavedSettings(), model, (saved_turn("Red.", TOKENIZER.encode("Red.")),), state)
+    Journal.create(file, record, lambda name: b"", no_rows)
+    loaded = Other(setup.store.root).load(file)
+    assert loaded.marks == Marks()
+    assert len(loaded.turns) == 1
+    (note,) = loaded.notes
+    assert note.startswith("lost: what was pinned, forgotten and not sent any more (")
+
+
+@pytest.mark.parametrize("policy", [{"steps": ("x",)}, {"steps": 3}, {"keep": "a"}, {"colour": 1}, {"steps": ({},)}])
+def test_a_policy_that_is_none(setup: Setup, file: Path, policy: dict[str, Any]) -> None:
+    Journal.create(file, SavedRecord(SavedSettings(policy=policy), SavedModel()), lambda name: b"", no_rows)
+    loaded = Other(setup.store.root).load(file)
+    assert loaded.policy == Policy()
+    (note,) = loaded.notes
+    assert note.startswith("lost: what to do when the context is full (")
+
+
 # Going on in a file
 
 
@@ -640,8 +830,6 @@ def test_resume(setup: Setup, file: Path, tmp_path: Path) -> None:
     third = Other(tmp_path / "third")
     same_turns(chat, third.load(file))
     assert third.load(file).notes == ()
-    with pytest.raises(SessionError, match="has begun already"):
-        chat.restore(Bundle(file))
 
 
 def test_resume_after_a_kill(setup: Setup, file: Path) -> None:

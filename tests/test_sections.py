@@ -313,7 +313,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == before
     room[0] = 40
     with pytest.raises(BundleError, match=r"cannot be written \(No space left on device"):
-        write(path, SMALL)
+        SectionFile.create(path, pack("MORE", {}, bytes(100)), replaces=file)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     room[0] = 1000

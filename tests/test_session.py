@@ -126,7 +126,7 @@ class Conversations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.setup = Setup(Path(self.folder.name), CONTEXT_ROWS)
+        self.setup = Setup(Path(self.folder.name), CONTEXT_ROWS, {"policy": "error"})
         self.chat, self.engine = self.setup.chat, self.setup.engine
         self.turns: list[Known] = []
         self.encoded: set[str] = set()
@@ -171,8 +171,7 @@ class Conversations(RuleBasedStateMachine):
     def too_long(self, question: list[str | int], reply: Reply) -> bool:
         """Whether the question does not fit any more; it is then refused, and nothing else happens."""
         n_requests = self.engine.n_requests
-        handles = [self.chat._handle(part, 1) if not isinstance(part, str) else part for part in prepared(reply)]
-        n_rows = self.chat.prompt(handles).n_rows
+        n_rows = self.chat.prompt(self.chat._question(prepared(reply), self.chat.turns)).n_rows
         if n_rows + 60 <= CONTEXT_ROWS:
             return False
         with pytest.raises(ContextFull) as caught:
@@ -344,7 +343,7 @@ class Conversations(RuleBasedStateMachine):
 
     @invariant()
     def the_conversation_can_go_on(self) -> None:
-        assert not self.chat._running
+        self.chat.check_idle()
         assert not list((self.setup.store.root / "leases").iterdir())
 
 

@@ -204,7 +204,7 @@ def _converse(rt: mmchat.Runtime, dialogue: Dialogue, gold: bool, max_rows: int)
         got = reply.text
         if gold:  # what was said is replaced by what should have been
             ids = tuple(rt.tokenizer.encode(turn.answer))
-            chat._turns[-1] = replace(chat._turns[-1], text=turn.answer, ids=ids)
+            chat._turns = (*chat._turns[:-1], replace(chat._turns[-1], text=turn.answer, ids=ids))
         yield Answer(
             "gold" if gold else "talk",
             turn.task,

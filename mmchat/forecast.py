@@ -1,0 +1,206 @@
+"""What a turn will send and cost, said before it runs: the Plan, and what is known of an engine to make one.
+
+Seconds come from speeds, and every plan says where those are from: measured by `mmchat calibrate` on this very board,
+or in this session, or published for an RK3588 and not measured here.  Where nothing is known, nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mmchat.context import Change, Conversation, Fitted, mentions
+from mmchat.embedding import RowKey, common_prefix, row_keys
+from mmchat.engine import Piece
+from mmchat.record import Form, Marks, Usage, images_in
+
+# airockchip/rknn-llm, benchmark.md of 1.2.3 and 1.3.0: MiniCPM-V-2.6, w8a8, highest fixed frequencies, three NPU
+# cores.  A first token after 826 ms for 64 rows; long prompts take longer per row, by how much is not published.
+PUBLISHED_RK3588 = {"encode": 3.27, "prefill": 0.826 / 64, "generate": 1 / 4.18}
+_PUBLISHED = "published for RK3588, not measured here"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per slice, row or token, and where the figure is from."""
+
+    seconds: float
+    source: str
+
+
+Work = Literal["encode", "prefill", "generate"]
+Speeds = Mapping[Work, Speed]
+
+
+def measured(usage: Usage) -> Speeds:
+    """From what a session has spent so far."""
+    spent: tuple[tuple[Work, float, int], ...] = (
+        ("encode", usage.encode_s, usage.slices_encoded),
+        ("prefill", usage.prefill_s, usage.n_prefilled),
+        ("generate", usage.generate_s, usage.n_new),
+    )
+    return {work: Speed(seconds / n, "measured in this session") for work, seconds, n in spent if seconds and n}
+
+
+def of_board(probes: Mapping[str, Any]) -> Speeds:
+    """From a profile's probes (mmchat.calibrate)."""
+    speed = probes.get("speed", {})
+    found: dict[Work, Speed] = {}
+    for work, name in (("prefill", "prefill_rows_per_s"), ("generate", "decode_tokens_per_s")):
+        if isinstance(speed.get(name), (int, float)) and speed[name] > 0:
+            found[work] = Speed(1 / speed[name], "measured by mmchat calibrate")  # type: ignore[index]
+    return found
+
+
+def published() -> Speeds:
+    return {work: Speed(seconds, _PUBLISHED) for work, seconds in PUBLISHED_RK3588.items()}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted: encoding the new slices, prefilling the new rows, one token of the answer; None: not known.
+
+    sources: where the figures are from.
+    """
+
+    encode: float | None
+    prefill: float | None
+    token: float | None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def first_token(self) -> float | None:
+        return None if self.encode is None or self.prefill is None else self.encode + self.prefill
+
+
+def predict(speeds: Speeds, n_slices: int, n_rows: int) -> Seconds:
+    def seconds(work: Work, n: int) -> float | None:
+        return speeds[work].seconds * n if work in speeds else (None if n else 0.0)
+
+    used: list[Work] = [*(["encode"] if n_slices else []), "prefill", "generate"]  # type: ignore[list-item]
+    sources = dict.fromkeys(speeds[work].source for work in used if work in speeds)
+    return Seconds(seconds("encode", n_slices), seconds("prefill", n_rows), seconds("generate", 1), tuple(sources))
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """number: the picture's in the conversation as it is sent, from 1; None where the model does not see it."""
+
+    id: str
+    form: Form | Literal["dropped"]
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a question sends, and what that costs.
+
+    rows: of the prompt.  max_new_tokens: rows kept for the answer.  cap: rows that both may take together.
+    rows_reused, rows_new: of rows, those that the engine should still have, and those to be computed.
+    slices_new: encoder inputs that the store does not have.
+    images: all pictures of the conversation, and how each is sent.  dropped: numbers of turns that are not sent.
+    degraded: what is sent otherwise from this question on, for it would not fit.
+    unseen: pictures that the question names (@img2) and the model does not see.
+    seconds: predicted.  marks: what the session remembers of all this once the question is answered.
+    """
+
+    rows: int
+    max_new_tokens: int
+    cap: int
+    rows_reused: int
+    rows_new: int
+    slices_new: int
+    images: tuple[PlannedImage, ...]
+    dropped: tuple[int, ...]
+    degraded: tuple[Change, ...]
+    unseen: tuple[str, ...]
+    seconds: Seconds
+    marks: Marks = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        values = {name: value for name, value in asdict(self).items() if name != "marks"}
+        return {**values, "seconds": {**values["seconds"], "first_token": self.seconds.first_token}}
+
+
+def make_plan(
+    conversation: Conversation,
+    fitted: Fitted,
+    max_new_tokens: int,
+    cap: int,
+    rows_reused: int,
+    slices_new: int,
+    speeds: Speeds,
+) -> Plan:
+    marks, sent = fitted.marks, conversation.numbers(fitted.marks)
+    images = [
+        (image, number in marks.dropped)
+        for number, parts in enumerate([*(turn.parts for turn in conversation.turns), conversation.question], 1)
+        for image in images_in(parts)
+    ]
+    return Plan(
+        rows=fitted.rows,
+        max_new_tokens=max_new_tokens,
+        cap=cap,
+        rows_reused=rows_reused,
+        rows_new=fitted.rows - rows_reused,
+        slices_new=slices_new,
+        images=tuple(
+            PlannedImage(image.id, "dropped" if is_dropped else marks.form(image), sent.get(image.id))
+            for image, is_dropped in images
+        ),
+        dropped=tuple(sorted(marks.dropped)),
+        degraded=fitted.changes,
+        unseen=tuple(name for name in mentions(conversation.question) if name not in sent),
+        seconds=predict(speeds, slices_new, fitted.rows - rows_reused),
+        marks=marks,
+    )
+
+
+class Outlook:
+    """What is known of an engine beyond its protocol; one for all its sessions.
+
+    strategy: what it does with its KV cache: "rewind" (OpenVINO), or RKLLM's of mmchat.rkllm_embed.
+    rewinds: with "prefix", whether the library takes a cache that must be cut.
+    longest: rows of the longest prompt that is known to be safe; None where none crashed.
+    speeds: of this board, where they were measured; published: whether it is one that speeds were published for.
+    """
+
+    def __init__(
+        self,
+        strategy: Callable[[], str] = lambda: "rewind",
+        *,
+        rewinds: Callable[[], bool] = lambda: True,
+        longest: Callable[[], int | None] = lambda: None,
+        speeds: Callable[[], Speeds] = dict,
+        published: bool = False,
+    ) -> None:
+        self._strategy, self._rewinds, self._longest = strategy, rewinds, longest
+        self._speeds, self._published = speeds, published
+        self._held: list[RowKey] = []
+
+    @property
+    def longest(self) -> int | None:
+        """With "append" a prompt is sent in parts, so a long one was not one long run."""
+        return None if self._strategy() == "append" else self._longest()
+
+    def speeds(self, own: Speeds) -> Speeds:
+        """own: what a session has measured."""
+        return {**(published() if self._published else {}), **own, **self._speeds()}
+
+    def reused(self, pieces: Sequence[Piece]) -> int:
+        """Rows of a prompt that the engine should find in its cache."""
+        rows, held, strategy = row_keys(pieces), self._held, self._strategy()
+        same = common_prefix(held, rows)
+        if strategy == "resend" or (same < len(held) and (strategy == "append" or not self._rewinds())):
+            return 0
+        return min(same, len(rows) - 1)
+
+    def sent(self, pieces: Sequence[Piece], n_rows: int, ids: Iterable[int]) -> None:
+        """The engine computed the first n_rows of a prompt, and fed itself these tokens of its answer."""
+        self._held = [*row_keys(pieces)[:n_rows], *ids]
+
+    def lost(self) -> None:
+        """Nobody knows what the engine holds."""
+        self._held = []
