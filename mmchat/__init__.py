@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmchat.context import Policy
     from mmchat.engine import Sampling
     from mmchat.errors import (
+        BundleError,
         ContextFull,
         DiskFull,
         DownloadError,
@@ -46,6 +47,7 @@ _HOME = {
     "context": ("Policy",),
     "engine": ("Sampling",),
     "errors": (
+        "BundleError",
         "ContextFull",
         "DiskFull",
         "DownloadError",
@@ -69,6 +71,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BundleError",
     "ContextFull",
     "DiskFull",
     "DownloadError",

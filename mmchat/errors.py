@@ -11,6 +11,7 @@ MmchatError                     catch this one
 ├── StoreError                  the embedding store cannot be read or written
 │   └── MissingEmbeddings       it no longer has what a request refers to
 ├── SessionError (ValueError)   a session call that its state does not allow
+├── BundleError (ValueError)    a saved session cannot be read or written
 ├── EngineBusy                  another answer is still being streamed by the same thread
 └── EngineError                 the engine failed
     ├── SamplingFixed           it must be loaded again for these sampling values (clients do so)
@@ -91,6 +92,10 @@ class MissingEmbeddings(StoreError):
 
 class SessionError(MmchatError, ValueError):
     """A session call that the session's state does not allow."""
+
+
+class BundleError(MmchatError, ValueError):
+    """A saved session is missing, foreign or damaged, or cannot be written."""
 
 
 class EngineBusy(MmchatError):

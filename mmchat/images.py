@@ -45,6 +45,9 @@ MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _PLUGINS = ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP")
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+# What every browser shows, and how such files are called.
+_SHOWN = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_WEBP_SIDE, _JPEG_SIDE, _JPEG_QUALITY = 16_383, 65_535, 90
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, MemoryError)
 
 
@@ -76,6 +79,11 @@ class OpenedImage:
             )
         self._turned = not reference and _orientation(image) >= 5  # by 90 degrees, one way or the other
         self.size: Size = (height, width) if self._turned else (width, height)
+
+    @property
+    def format(self) -> str:
+        """As Pillow calls it; "" for what is no file."""
+        return self._image.format or ""
 
     def read(self, at_least: Size | None = None) -> Image:
         """The picture in RGB, its pixels decoded.
@@ -154,6 +162,37 @@ def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
     """source as an RGB image of its full size (open_image and OpenedImage.read in one)."""
     with open_image(source, reference=reference, max_pixels=max_pixels) as opened:
         return opened.read()
+
+
+def to_file(image: Image, *, lossy: bool = False) -> bytes:
+    """An RGB image as a file's content: the same pixels as WebP, or as PNG where it is too large for that.
+
+    lossy: JPEG, much smaller, with other pixels.
+    """
+    from PIL import features
+
+    file = io.BytesIO()
+    if lossy and max(image.size) <= _JPEG_SIDE:
+        image.save(file, "JPEG", quality=_JPEG_QUALITY)
+    elif max(image.size) <= _WEBP_SIDE and features.check("webp"):
+        image.save(file, "WEBP", lossless=True, quality=0, method=0)  # quality: here the time to be spent
+    else:
+        image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def shown_by_browsers(data: bytes, name: str = "") -> tuple[bytes, str]:
+    """A picture's file as browsers can show it, and the suffix of such a file's name ("jpg").
+
+    Raises ImageError: not a picture, or it cannot be decoded where it must be.
+    """
+    with open_image(data, name=name) as opened:
+        if opened.format in _SHOWN:
+            return data, _SHOWN[opened.format]
+        image = opened.read()
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue(), "png"
 
 
 def _header(file: Any, name: str, max_pixels: int) -> Image:

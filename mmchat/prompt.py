@@ -13,6 +13,7 @@ This module knows no pixels and no engine; it does not know what a KV cache hold
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +24,8 @@ from mmchat.engine import ImageRows, Piece, Tokens
 from mmchat.errors import ContextFull, ModelDirError, PromptError
 from mmchat.slicing import Size, SlicePlan, plan_slices
 
+# Number of the template, for saved conversations: raise it when the same turns give other rows.
+FORMAT = 1
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 _SPECIAL = (
     "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
@@ -42,7 +45,8 @@ class ChatTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            data = Path(path).read_bytes()
+            self._tokenizer = Tokenizer.from_str(data.decode())
         except OSError as error:
             raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # the library raises bare Exception
@@ -57,6 +61,7 @@ class ChatTokenizer:
             if number is None:
                 raise ModelDirError(f"{path}: has no token {name}; this is not a MiniCPM-V-2.6 tokenizer")
             self.special[name] = number
+        self.digest = hashlib.sha256(data).hexdigest()
         self._special_ids = {
             number: token.content.encode()
             for number, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -67,6 +72,11 @@ class ChatTokenizer:
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return frozenset((self.special["<|im_end|>"], self.special["<|endoftext|>"]))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that no text is ever encoded to."""
+        return frozenset(self._special_ids)
 
     @property
     def n_ids(self) -> int:

@@ -6,9 +6,11 @@ value of its own, so that a turn never changes once it is there.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -56,6 +58,34 @@ class Usage:
         return asdict(self)
 
 
+class Original:
+    """What a picture was made of, so that it can be saved (mmchat.saving).
+
+    read: gives the content of its file; may raise MmchatError.  keys: of its slices, by their pixels.
+    max_slice_nums, reference: how it was cut and read (mmchat.slicing, mmchat.images).
+    embedding: the embedding that came with it under a key of its handle, where one did.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], bytes],
+        keys: tuple[str, ...],
+        *,
+        max_slice_nums: int,
+        reference: bool,
+        digest: Callable[[], str] | None = None,
+        embedding: Callable[[str], NDArray[np.float32] | None] = lambda key: None,
+    ) -> None:
+        """digest: a name of the content, where there is a cheaper one than its SHA-256."""
+        self.read, self.keys, self.embedding = read, keys, embedding
+        self.max_slice_nums, self.reference = max_slice_nums, reference
+        self._digest = digest
+
+    @cached_property
+    def digest(self) -> str:
+        return self._digest() if self._digest else hashlib.sha256(self.read()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageHandle:
     """A picture of the conversation.
@@ -63,7 +93,8 @@ class ImageHandle:
     id: its name in the session ("img1"), for ever.  size: (width, height) in pixels.  slices: encoder inputs.
     rows: rows of the prompt that its embeddings take when it is sent whole.  turn: number of the turn that brought
     it, from 1.  name: file name, where it came from a file.
-    keys: of its embeddings in the store, the source view's first.  pixels: cuts it again.
+    keys: of its embeddings in the store, the source view's first.  pixels: cuts it again.  original: for saving it;
+    None only where there is no picture but its size.
     """
 
     id: str
@@ -75,6 +106,7 @@ class ImageHandle:
     plan: SlicePlan = field(repr=False, kw_only=True)
     keys: tuple[str, ...] = field(repr=False, kw_only=True)
     pixels: Callable[[], list[NDArray[np.uint8]]] = field(repr=False, compare=False, kw_only=True)
+    original: Original | None = field(default=None, repr=False, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from mmchat.bundle import Bundle
 from mmchat.context import Policy
 from mmchat.errors import ModelDirError
 from mmchat.forecast import Outlook, of_board
@@ -14,6 +16,7 @@ from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, cpu_caches, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
+from mmchat.saving import Restored
 from mmchat.session import Session
 from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
 from mmchat.vision_proc import VisionClient
@@ -54,6 +57,8 @@ class Runtime:
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
         policy: Policy | str | Sequence[str] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        autosave: str | Path | None = None,
     ) -> Session:
         """A new conversation.
 
@@ -68,22 +73,41 @@ class Runtime:
         policy: what to do where the conversation does not fit any more: "error", or steps in the order in which they
             are taken, by default ("overview", "line", "turns"); mmchat.Policy has more to set.  mmchat.context says
             what they do.
+        sampling: fields of mmchat.engine.Sampling over the model's own values, for every turn.
+        autosave: a new file that is kept up to date after every turn (Session.autosave has more to choose).
 
-        Raises ImageError for an impossible max_slice_nums, SessionError for an impossible policy.
+        Raises ImageError for an impossible max_slice_nums, SessionError for an impossible policy, PromptError
+        (sampling), BundleError (autosave).
         """
-        return Session(
-            self.spec,
-            self.tokenizer,
-            self.store,
-            self.vision,
-            self.llm,
+        session = self._session(
             system=system,
             max_slice_nums=max_slice_nums,
             use_image_id=use_image_id,
             reference_pixels=reference_pixels,
             policy=policy,
-            outlook=self._outlook,
+            sampling=sampling,
         )
+        if autosave is not None:
+            session.autosave(autosave)
+        return session
+
+    def load(self, path: str | Path, *, autosave: bool = False) -> Session:
+        """A conversation from a file that Session.save or autosave wrote, with the settings it had.
+
+        What could not be read is left out, and what does not fit this model is made again; Session.notes says what.
+        autosave: go on in that file.  One that is damaged is kept under another name then.
+
+        Raises BundleError: no such file, not a bundle, of a newer version; with autosave: being saved to already.
+        """
+        bundle = Bundle(path, write=autosave)
+        restored = Restored(bundle, self.spec, self.tokenizer, self.store)
+        session = self._session(**restored.options)
+        if autosave:
+            session.resume(bundle, restored)
+        return session
+
+    def _session(self, **options: Any) -> Session:
+        return Session(self.spec, self.tokenizer, self.store, self.vision, self.llm, outlook=self._outlook, **options)
 
     def ready(self) -> None:
         """Wait until the LLM is loaded.  Raises ModelDirError, WorkerDied, WorkerTimeout."""

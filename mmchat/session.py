@@ -30,16 +30,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mmchat.bundle import Bundle, Journal, SavedRecord, set_aside
 from mmchat.context import Change, Conversation, Policy, fit
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
-from mmchat.errors import EngineBusy, MissingEmbeddings, MmchatError, SessionError
+from mmchat.errors import EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
 from mmchat.forecast import Outlook, Plan, make_plan, measured
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
-from mmchat.record import ImageHandle, Marks, Turn, Usage, images_in
-from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
+from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
+from mmchat.saving import Keeper, Restored, cut_again, cut_plan, keep, saved_model, saved_settings, saved_state
+from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
 if TYPE_CHECKING:
@@ -50,7 +52,11 @@ _Value = TypeVar("_Value")
 
 
 class Session:
-    """A conversation.  Made by Runtime.session; for one thread at a time."""
+    """A conversation.  Made by Runtime.session and Runtime.load; for one thread at a time.
+
+    notes: what was lost or had to be made again when it was loaded, in words.
+    unsaved: why the last change is not in the file that autosave names; None where it is, or there is none.
+    """
 
     def __init__(
         self,
@@ -65,13 +71,15 @@ class Session:
         use_image_id: bool | None = None,
         reference_pixels: bool = False,
         policy: Policy | str | Sequence[str] | None = None,
+        sampling: Mapping[str, Any] | None = None,
         turns: Sequence[Turn] = (),
         marks: Marks | None = None,
+        notes: Sequence[str] = (),
         outlook: Outlook | None = None,
     ) -> None:
         """See Runtime.session.
 
-        turns, marks: a record to go on from.  outlook: what is known of the engine, shared by all its sessions.
+        turns, marks, notes: a record to go on from.  outlook: what is known of the engine, shared by all its sessions.
         """
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
@@ -80,12 +88,18 @@ class Session:
         self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
         self.reference_pixels = reference_pixels
         self.policy = Policy.of(policy)
-        self._cut_plan((1, 1))  # refuses an impossible max_slice_nums now
+        self.sampling = dict(sampling or {})
+        self.notes = tuple(notes)
+        self.unsaved: str | None = None
+        cut_plan(spec, (1, 1), self.max_slice_nums)  # refuses an impossible one now
+        self._sampling({})  # and impossible values
         self._counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=self.use_image_id)
         self._turns: tuple[Turn, ...] = tuple(turns)
         self._marks = (marks or Marks()).of(self._turns)
         self._spent = Usage()  # in this session, by whatever became of it
         self._running = threading.Lock()
+        self._journal: Journal | None = None
+        self._keeper: Keeper | None = None
 
     @property
     def turns(self) -> list[Turn]:
@@ -101,6 +115,11 @@ class Session:
     def marks(self) -> Marks:
         """What of the turns is sent otherwise than it was said."""
         return self._marks
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """By id, the number (from 1) of each picture that is sent to be seen: what "image 2" means to the model."""
+        return Conversation(self._system, self._turns).numbers(self._marks)
 
     # Asking
 
@@ -181,7 +200,8 @@ class Session:
     def branch(self, at: int | None = None) -> Session:
         """Another conversation that has the first `at` turns of this one (None: all), and its settings.
 
-        What the two have in common is found in the engine's cache by whichever asks next.
+        What the two have in common is found in the engine's cache by whichever asks next.  Where this one is autosaved,
+        the other is not.
         """
         at = len(self._turns) if at is None else at
         if not 0 <= at <= len(self._turns):
@@ -198,6 +218,7 @@ class Session:
             use_image_id=self.use_image_id,
             reference_pixels=self.reference_pixels,
             policy=self.policy,
+            sampling=self.sampling,
             turns=turns,
             marks=self._marks.of(turns),
             outlook=self._outlook,
@@ -250,6 +271,88 @@ class Session:
         """The conversation as it is sent by now, with a further question where parts are given; it need not fit."""
         return self._render(Conversation(self._system, self._turns, parts), self._marks)
 
+    # Files
+
+    def save(self, path: str | Path, *, images: str = "original", embeddings: bool = False) -> None:
+        """Write the conversation to a file, whole or not at all; Runtime.load opens it, here or elsewhere.
+
+        images: "original" keeps the pictures' files; "reencoded" their pixels without loss and without metadata;
+            "jpeg" JPEGs, which are smaller and other pixels; "none" none: then they can be asked about for as long as
+            a store has their embeddings.  A picture that came without a file is kept without loss.
+        embeddings: keep them too, so that nothing need be encoded again where the same model runs.
+
+        Raises BundleError: it cannot be written, or another conversation is being saved there.
+        """
+        keeper = Keeper(self._spec, self._store, images, embeddings)
+        record = self._saved(keeper)
+        if self.saved_to is not None and os.path.realpath(self.saved_to) == os.path.realpath(path):
+            assert self._journal is not None
+            self._journal.rewrite(record, keeper.picture, keeper.rows)
+            self._keeper, self.unsaved = keeper, None
+        else:
+            Journal.create(path, record, keeper.picture, keeper.rows).close()
+
+    def autosave(self, path: str | Path | None, *, images: str = "original", embeddings: bool = False) -> None:
+        """Keep a file up to date from now on: after every turn what is new is added to it.  None ends it.
+
+        A turn whose saving fails (disk full) is there all the same; `unsaved` and the log say why, and it is saved
+        with the next one.
+
+        Raises BundleError: the file is there already (Runtime.load goes on with it), or cannot be written.
+        """
+        journal = keeper = None
+        if path is not None:
+            keeper = Keeper(self._spec, self._store, images, embeddings)
+            journal = Journal.create(path, self._saved(keeper), keeper.picture, keeper.rows, overwrite=False)
+        if self._journal is not None:
+            self._journal.close()
+        self._journal, self._keeper, self.unsaved = journal, keeper, None
+
+    @property
+    def saved_to(self) -> Path | None:
+        """The file that is kept up to date."""
+        return self._journal.path if self._journal else None
+
+    @property
+    def saved_form(self) -> str:
+        """How pictures are kept there."""
+        return self._keeper.form if self._keeper else "original"
+
+    def resume(self, bundle: Bundle, restored: Restored) -> None:
+        """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
+        keeper = Keeper(self._spec, self._store, "original", bool(bundle.keys), restored.known)
+        record = self._saved(keeper)
+        if bundle.damaged:
+            self.notes += (f"the damaged file is kept as {set_aside(bundle.path).name}",)
+        if bundle.damaged or bundle.is_mostly_waste:
+            journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
+        else:
+            journal = Journal.resume(bundle)
+            journal.write(record, keeper.picture, keeper.rows)
+        self._journal, self._keeper = journal, keeper
+
+    def saved(self) -> SavedRecord:
+        """The conversation as values, without pictures."""
+        return self._saved(Keeper(self._spec, self._store, "none", False))
+
+    def _saved(self, keeper: Keeper) -> SavedRecord:
+        turns, marks = self._turns, self._marks
+        model = saved_model(self._spec, self._tokenizer, pictures=bool(_images_of(turns)))
+        settings = saved_settings(
+            self.system, self.max_slice_nums, self.use_image_id, self.reference_pixels, self.policy, self.sampling
+        )
+        return SavedRecord(settings, model, keeper.turns(turns), saved_state(marks))
+
+    def _autosave(self) -> None:
+        if self._journal is None or self._keeper is None:
+            return
+        try:
+            self._journal.write(self._saved(self._keeper), self._keeper.picture, self._keeper.rows)
+            self.unsaved = None
+        except MmchatError as error:
+            self.unsaved = str(error)  # the error itself would keep this session, and its file, from going
+            _LOG.warning("not saved: %s", self.unsaved)
+
     def check_idle(self, doing: str = "") -> None:
         """Raises SessionError while an answer is being streamed."""
         if self._running.locked():
@@ -261,12 +364,18 @@ class Session:
 
     @contextlib.contextmanager
     def claim(self, doing: str = "") -> Iterator[None]:
-        """Nobody else runs or changes the conversation meanwhile.  Raises SessionError."""
+        """Nobody else runs or changes the conversation meanwhile; what it has become is then saved, where it is to be.
+
+        Raises SessionError.
+        """
         if not self._running.acquire(blocking=False):
             self.check_idle(doing)
             raise SessionError("another thread is changing this conversation")
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._autosave()
         finally:
             self._running.release()
 
@@ -308,23 +417,13 @@ class Session:
         return tuple(prepared)
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
-        return Sampling.from_dict({**self._spec.sampling.to_dict(), **given})
-
-    def _cut_plan(self, size: Size) -> SlicePlan:
-        rule = self._spec.slices
-        return plan_slices(
-            *size,
-            max_slice_nums=self.max_slice_nums,
-            scale_resolution=rule.scale_resolution,
-            patch_size=rule.patch_size,
-            max_patches=rule.max_patches,
-        )
+        return Sampling.from_dict({**self._spec.sampling.to_dict(), **self.sampling, **given})
 
     def _prepare(self, source: ImageSource | ImageHandle) -> _Prepared:
         if isinstance(source, ImageHandle):
             if source.keys not in [image.keys for image in self.images]:
                 raise SessionError(f"{source.id} is a picture of another conversation: give its file")
-            return _Prepared(source.name, source.plan, source.keys, source.pixels, source.pixels)
+            return _Prepared(source.name, source.plan, source.keys, source.pixels, source.pixels, source.original)
         path = name = ""
         file = source if isinstance(source, bytes) else None
         if isinstance(source, (str, os.PathLike)):
@@ -333,20 +432,19 @@ class Session:
             with open_image(source):  # a clear error, before all of a file is read that is no picture
                 pass
             file = Path(source).read_bytes()
-        plan, slices = self._cut(source if file is None else file, path)
+        rules: dict[str, Any] = {"max_slice_nums": self.max_slice_nums, "reference": self.reference_pixels}
+        with open_image(source if file is None else file, reference=self.reference_pixels, name=path) as opened:
+            plan = cut_plan(self._spec, opened.size, self.max_slice_nums)
+            image = opened.read(at_least=plan.refined or plan.source)
+            slices = slice_image(image, plan)
+            # The file as it is now, or the pixels: file, image or array may be changed later.
+            read, digest = keep(image) if file is None else ((lambda: file), None)
         if plan.shrunk:
             limit = self._spec.slices.max_patches
             _LOG.warning("%s: too long for the encoder's %d patches, so views are shrunk", name or "a picture", limit)
         keys = tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
-        # Should the store lose them, the slices are made again: from the file as it is now, where there is one; else
-        # they are kept themselves, for the image or array may be drawn on later.
-        again = (lambda: slices) if file is None else (lambda: self._cut(file)[1])
-        return _Prepared(name, plan, keys, lambda: slices, again)
-
-    def _cut(self, source: ImageSource, name: str = "") -> tuple[SlicePlan, list[NDArray[np.uint8]]]:
-        with open_image(source, reference=self.reference_pixels, name=name) as opened:
-            plan = self._cut_plan(opened.size)
-            return plan, slice_image(opened.read(at_least=plan.refined or plan.source), plan)
+        original = Original(read, keys, **rules, digest=digest)
+        return _Prepared(name, plan, keys, lambda: slices, lambda: cut_again(original, plan), original)
 
     def _question(self, prepared: Sequence[str | _Prepared], turns: Sequence[Turn]) -> tuple[str | ImageHandle, ...]:
         """The parts of a question after these turns."""
@@ -367,6 +465,7 @@ class Session:
                     plan=part.plan,
                     keys=part.keys,
                     pixels=part.again,
+                    original=part.original,
                 )
             )
         return tuple(parts)
@@ -503,11 +602,31 @@ class Session:
                 if attempt == 2:
                     raise
                 lost = set(error.keys)
-            again: dict[str, NDArray[np.uint8]] = {}
-            for image in images:
-                if lost & set(image.keys):
-                    again.update(zip(image.keys, image.pixels(), strict=True))
-            self._encode_slices(reply, {key: pixels for key, pixels in again.items() if key in lost})
+            self._encode_slices(reply, self._make_again(images, lost))
+
+    def _make_again(self, images: Sequence[ImageHandle], lost: set[str]) -> dict[str, NDArray[np.uint8]]:
+        """The slices under these keys, but for embeddings that came with a saved conversation: those are put back.
+
+        Raises ImageError, BundleError: a picture is gone, or another than the one that its keys are of.
+        """
+        slices: dict[str, NDArray[np.uint8]] = {}
+        for image in images:
+            for key in lost.intersection(image.keys) - set(slices):
+                rows = image.original.embedding(key) if image.original else None
+                if rows is not None:
+                    self._store.put(key, rows)
+                    lost.discard(key)
+            if lost.intersection(image.keys) - set(slices):
+                try:
+                    found = image.pixels()
+                except ImageError as error:
+                    raise ImageError(f"{image.id} cannot be cut again: {error}") from None
+                if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in found) != image.keys:
+                    raise ImageError(
+                        f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was"
+                    )
+                slices.update(zip(image.keys, found, strict=True))
+        return {key: pixels for key, pixels in slices.items() if key in lost}
 
 
 @dataclass(frozen=True)
@@ -522,6 +641,7 @@ class _Prepared:
     keys: tuple[str, ...]
     slices: Callable[[], list[NDArray[np.uint8]]]
     again: Callable[[], list[NDArray[np.uint8]]]
+    original: Original | None
 
 
 class Reply:

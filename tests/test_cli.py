@@ -480,16 +480,13 @@ def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(line: str, capsys:
     class Interrupted:
         turns: ClassVar[list[Any]] = []
 
-        def session(self, **options: Any) -> Interrupted:
-            return self
-
         def ask(self, *args: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
         undo = ask
 
-    runtime: Any = Interrupted()
-    repl = _Repl(runtime, Talk(None, None, False, False, False), {}, [])
+    session: Any = Interrupted()
+    repl = _Repl(session, Talk(None, None, False, False, False), session, [])
     try:
         assert repl.handle(line)
     except KeyboardInterrupt:  # which would end the test run as well

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 # Left to right, as in the design; modules of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
-    ("slicing", "frames", "checkpoint", "store", "engine", "rkllm_abi", "rknn_file"),
+    ("slicing", "frames", "sections", "checkpoint", "store", "engine", "rkllm_abi", "rknn_file"),
     ("board_files",),
     (
         "images",
@@ -28,9 +28,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "child",
         "worker",
         "rkllm_detect",
+        "bundle",
     ),
-    ("embedding", "context", "doctor_npu", "profile"),
-    ("openvino_graphs", "doctor", "rkllm_model", "probe_runs", "forecast", "rehearsal"),
+    ("embedding", "context", "doctor_npu", "profile", "transcript"),
+    ("openvino_graphs", "doctor", "rkllm_model", "probe_runs", "forecast", "rehearsal", "saving"),
     ("rkllm_answer", "probes", "probe_ladder", "probe_pictures"),
     ("openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"),
     ("vision_proc", "llm_proc", "probe_child"),
@@ -38,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("outputs",),
     ("fetch",),
     ("convert", "pull"),
-    ("runtime", "transcript", "calibrate"),
+    ("runtime", "calibrate"),
     ("bench", "video"),
     ("cli",),
 )

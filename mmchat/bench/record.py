@@ -15,6 +15,7 @@ from typing import Any
 
 import mmchat
 from mmchat.bench import board, work
+from mmchat.bench.conversations import OVERFLOW
 from mmchat.context import Policy
 from mmchat.forecast import PUBLISHED_RK3588
 
@@ -136,7 +137,7 @@ def _curve(curve: list[dict[str, Any]]) -> Table:
         for one in curve
     ]
     note = (
-        f'"{work.OVERFLOW.name}", {work.OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over '
+        f'"{OVERFLOW.name}", {OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over '
         "the share of the cap that a trim is asked to leave (`Policy.keep`), and the least that one left."
     )
     return Table("Overflow", note, ("keep", "least left", "trims", "rows", "ratio"), rows)

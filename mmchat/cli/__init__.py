@@ -111,8 +111,18 @@ def chat(
     context: options.Context = None,
     threads: options.Threads = None,
     reference_pixels: options.ReferencePixels = False,
+    policy: options.PolicySteps = None,
     stats: options.Stats = False,
     as_json: options.AsJson = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Go on with a saved conversation, and save it there.")
+    ] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep the conversation in this new file, after every turn.")
+    ] = None,
+    save_pictures: Annotated[
+        str, typer.Option(metavar="FORM", help="How --save keeps pictures: original, reencoded, jpeg or none.")
+    ] = "original",
 ) -> None:
     """Chat over many turns; /help lists the commands.
 
@@ -124,8 +134,9 @@ def chat(
         chatting.chat(
             pictures or [],
             options.Opening(model, engine, store, context, threads),
-            options.Talk(system, max_slices, reference_pixels, stats, as_json),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json, policy),
             options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
+            options.Keeping(resume, save, save_pictures),
         )
 
 
@@ -255,9 +266,12 @@ def prompt(
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Take tokenizer, numbers and budget from this model.")
     ] = None,
+    context: options.Context = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    policy: options.PolicySteps = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the prompt of a conversation without running anything.
+    """Show the prompt of a conversation without running anything, and with a model, what would be sent of it.
 
     FILE: {"messages": [{"role", "content": [{"type": "text", "text"} or {"type": "image", "size": [w, h]}]}]} and,
     where wanted, "system_prompt", "use_image_id", "max_slice_nums".
@@ -265,7 +279,7 @@ def prompt(
     from mmchat.cli import showing
 
     with options.errors_as_lines():
-        showing.prompt(conversation, tokenizer, model, as_json)
+        showing.prompt(conversation, tokenizer, model, context, max_new_tokens, policy, as_json)
 
 
 @app.command()
@@ -350,6 +364,7 @@ def clear(folder: options.StoreFolder = None, as_json: options.AsJson = False) -
         storing.clear(folder, as_json)
 
 
+@app.command()
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="A model on the Hugging Face hub: owner/name.")],
     to: Annotated[str | None, typer.Option("--to", metavar="DIR", help="[default: the model's name, here]")] = None,
@@ -369,6 +384,37 @@ def pull(
 
     with options.errors_as_lines():
         pulling.run(repo, to, only, revision, dry_run, as_json)
+
+
+session = typer.Typer(help="Saved conversations: look at them, or export them.", no_args_is_help=True)
+app.add_typer(session, name="session")
+
+
+@session.command()
+def show(
+    file: Annotated[str, typer.Argument(help="A conversation that chat --save or /save wrote.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Print a saved conversation; needs no model.
+
+    What is damaged is said on stderr, and the exit code is 1 then; what is whole is printed all the same.
+    """
+    from mmchat.cli import sessions
+
+    with options.errors_as_lines():
+        sessions.show(file, as_json)
+
+
+@session.command()
+def export(
+    file: Annotated[str, typer.Argument(help="A conversation that chat --save or /save wrote.")],
+    to: Annotated[str, typer.Option("--to", metavar="OUT", help="OUT.html, OUT.md or OUT.json.")],
+) -> None:
+    """Write a saved conversation as HTML (one file), Markdown or JSON (pictures in OUT.pictures); needs no model."""
+    from mmchat.cli import sessions
+
+    with options.errors_as_lines():
+        sessions.export(file, to)
 
 
 def main() -> None:

@@ -1,0 +1,561 @@
+"""Session bundles: a conversation in one file, with its pictures, that opens on another machine or engine.
+
+A file of sections (mmchat.sections) of these kinds:
+
+    SETT  settings and model; the last one counts
+    TURN  n: turns before it; more: turns that are still to come; the turn; with the last one, state
+    STAT  n: turns that are left; state
+    PICT  id: SHA-256 of the data, which is a picture's file
+    ROWS  key, rows, width; the data is an embedding, float32
+
+A turn replaces the one that had its place and all after it, so taking turns back, asking again and going on are all
+added at the end.  What is added together ends with STAT, or with a turn after which no more are to come.
+
+Why a journal: after a turn with a new picture only that picture and a few KB are written, whatever the conversation
+holds already (writing it anew would be 300 MB a turn with sixty photos, on an SD card); every prefix of whole sections
+is a conversation; and a turn comes after its pictures, so it is never there without them.  A kill at any moment loses
+at most what was being added.  The price: what was taken back stays in the file until it is written anew, which `save`
+does, and so does going on with a file of which more than half is such waste.
+
+What a bundle says is data: numbers are compared with what they may be, names are names only, text stays text.
+Whatever is not whole, or not what belongs there, is left out and told in `lost`; what comes before it is there.
+
+This module knows files and values: no model, no tokenizer, no session.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmchat.engine import Sampling, StopReason
+from mmchat.errors import BundleError, PromptError
+from mmchat.sections import Damage, Section, SectionFile, pack
+from mmchat.slicing import Size
+
+# Far more than a conversation has; a hostile file gets no further than this.
+MAX_TURNS = 100_000
+MAX_RECORD_BYTES = 256 << 20
+_MOST_PARTS, _MOST_KEYS, _MOST_SLICES, _LARGEST_SIDE = 4096, 1001, 1000, 1_000_000_000
+_LARGEST = 2**31 - 1
+
+_ID = re.compile(r"img[1-9][0-9]{0,8}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST_OR_NONE = re.compile(r"([0-9a-f]{64})?")
+# Below this much a file is not worth writing anew, however much of it is waste.
+_SMALL_BYTES = 256 << 10
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Which model a conversation was held with.
+
+    encoder: what its pictures' keys depend on; tokenizer: SHA-256 of its file; each "" where it is not known.
+    prompt: number of the prompt's format.
+    """
+
+    name: str = ""
+    encoder: str = ""
+    tokenizer: str = ""
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class SavedSettings:
+    """What Runtime.session was given; None is the model's own.
+
+    policy: a mmchat.Policy's values, for the session to check; empty where it is not known.
+    sampling: values given over the model's own.
+    """
+
+    system: str | None = None
+    max_slice_nums: int | None = None
+    use_image_id: bool | None = None
+    reference_pixels: bool = False
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SavedImage:
+    """A picture of a turn.  max_slice_nums, reference: how it was cut and read.  keys: of its slices in the store.
+
+    picture: id of its file in the bundle; "" where there is none.
+    """
+
+    id: str
+    size: Size
+    name: str
+    max_slice_nums: int
+    reference: bool
+    keys: tuple[str, ...]
+    picture: str = ""
+
+
+@dataclass(frozen=True)
+class SavedTurn:
+    """A turn as the session has it."""
+
+    parts: tuple[str | SavedImage, ...]
+    text: str
+    ids: tuple[int, ...]
+    stop_reason: StopReason
+    usage: Mapping[str, float]
+
+    @property
+    def images(self) -> list[SavedImage]:
+        return [part for part in self.parts if isinstance(part, SavedImage)]
+
+
+@dataclass(frozen=True)
+class SavedRecord:
+    """Everything but pictures and embeddings.  state: what the session knows beyond the turns, for it to check."""
+
+    settings: SavedSettings
+    model: SavedModel
+    turns: tuple[SavedTurn, ...] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[SavedImage]:
+        return [image for turn in self.turns for image in turn.images]
+
+
+class Bundle:
+    """A bundle that was read: its record; its pictures and embeddings when they are asked for.
+
+    lost: what could not be read, in words.  torn: the file ends within a section, as after a kill.  damaged: it is not
+    whole in another way.
+    """
+
+    def __init__(self, path: str | Path, *, write: bool = False) -> None:
+        """write: it will be gone on with (Journal.resume); nobody else may then.
+
+        Raises BundleError: no such file, not a bundle, of a newer version, or another program writes to it.
+        """
+        self.file = SectionFile.open(Path(path), write=write)
+        self.torn = self.damaged = False
+        self._lost: list[str] = []
+        self._pictures: dict[str, Section] = {}
+        self._rows: dict[str, Section] = {}
+        self._turns: list[tuple[SavedTurn, int]] = []  # each with the bytes that it and those before it take
+        self._settings: SavedSettings | None = None
+        self._model = SavedModel()
+        self._state: Mapping[str, Any] = {}
+        self._n_unplaced = self._n_foreign = 0
+        self._is_complete = False  # nothing was begun that has not been ended
+        for found in self.file.scan():
+            if isinstance(found, Damage):
+                self._note(found)
+            else:
+                try:
+                    self._take(found)
+                except _Wrong as error:
+                    self._lose(f"{_KINDS[found.kind]} ({error})")
+        self._refuse_doubles()
+        turns = tuple(turn for turn, _ in self._turns)
+        self.record = SavedRecord(self._settings or SavedSettings(), self._model, turns, self._state)
+        self._tell()
+        self.lost = tuple(dict.fromkeys(self._lost))
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def has_picture(self, image: SavedImage) -> bool:
+        return image.picture in self._pictures
+
+    def picture(self, name: str) -> bytes:
+        """The file of the picture with that id.  Raises BundleError: none, or changed or damaged meanwhile."""
+        if name not in self._pictures:
+            raise BundleError(f"{self.path}: does not hold the picture")
+        return self.file.data(self._pictures[name])
+
+    def rows(self, key: str) -> NDArray[np.float32] | None:
+        """An embedding (rows, width), read-only; None where there is none.  Raises BundleError: changed, damaged."""
+        section = self._rows.get(key)
+        if section is None:
+            return None
+        shape = section.values["rows"], section.values["width"]
+        return np.frombuffer(self.file.data(section), "<f4").reshape(shape)
+
+    @property
+    def pictures(self) -> dict[str, int]:
+        """Ids of the pictures, and the bytes that each takes."""
+        return {name: section.n_bytes for name, section in self._pictures.items()}
+
+    @property
+    def keys(self) -> dict[str, int]:
+        """Keys of the embeddings, and the bytes that each takes."""
+        return {key: section.n_bytes for key, section in self._rows.items()}
+
+    @property
+    def is_mostly_waste(self) -> bool:
+        """Whether more than half of the file is what was taken back."""
+        images = self.record.images
+        pictures = sum(self.pictures.get(name, 0) for name in {image.picture for image in images})
+        rows = sum(self.keys.get(key, 0) for key in {key for image in images for key in image.keys})
+        needed = pictures + rows + sum(n_bytes for _, n_bytes in self._turns[-1:])
+        return self.file.end > 2 * needed + _SMALL_BYTES
+
+    def _take(self, section: Section) -> None:
+        values = _Fields(section.values)
+        self._is_complete = section.kind == "STAT" or (section.kind == "TURN" and section.values.get("more") == 0)
+        if section.kind == "SETT":
+            self._settings, self._model = _settings(values.inner("settings")), _model(values.inner("model"))
+        elif section.kind == "TURN":
+            n, turn = values.integer("n", 0, MAX_TURNS - 1), _turn(values)
+            values.integer("more")
+            state = values.inner("state").values if "state" in section.values else None
+            if n > len(self._turns):  # one before it was lost
+                self._n_unplaced += 1
+                return
+            n_bytes = section.size + (self._turns[n - 1][1] if n else 0)
+            if n_bytes > MAX_RECORD_BYTES:
+                raise _Wrong(f"the record is over the bound of {MAX_RECORD_BYTES:,} bytes")
+            self._turns[n:] = [(turn, n_bytes)]
+            self._state, self._n_unplaced = self._state if state is None else state, 0
+        elif section.kind == "STAT":
+            n, self._state = values.integer("n", 0, MAX_TURNS), values.inner("state").values
+            if n <= len(self._turns):
+                del self._turns[n:]
+                self._n_unplaced = 0
+        elif section.kind == "PICT":
+            self._pictures.setdefault(values.text("id", _DIGEST), section)
+        elif section.kind == "ROWS":
+            rows, width = values.integer("rows", 1), values.integer("width", 1)
+            if 4 * rows * width != section.n_bytes:
+                raise _Wrong(f"{section.n_bytes} bytes are not {rows} rows of {width}")
+            self._rows.setdefault(values.text("key", _DIGEST), section)
+        else:
+            self._n_foreign += 1
+
+    def _note(self, damage: Damage) -> None:
+        if damage.torn:
+            self._is_complete = False
+        elif damage.kind:
+            self._lose(f"{_KINDS.get(damage.kind, 'something')} ({damage.why}, byte {damage.at})")
+        else:
+            self._lose(f"everything from byte {damage.at} on ({damage.why})")
+
+    def _refuse_doubles(self) -> None:
+        """Every id is one picture."""
+        known: dict[str, SavedImage] = {}
+        for n, (turn, _) in enumerate(self._turns):
+            for image in turn.images:
+                if known.setdefault(image.id, image) != image:
+                    self._lose(f"turn {n + 1} and what comes after it ({image.id} is two pictures)")
+                    del self._turns[n:]
+                    return
+
+    def _tell(self) -> None:
+        """What is only known when all was read."""
+        if not self._is_complete:
+            self.torn = True
+            self._lost.append("what was being saved when the file was cut off")
+        if self._n_unplaced:
+            self._lose(f"{self._n_unplaced} turn(s) that came after it")
+        if self._settings is None:
+            self._lose("the settings: the model's own are used")
+        for image in self.record.images:
+            if image.picture and not self.has_picture(image):
+                self._lose(f"the picture {image.id}")
+        if self._n_foreign:
+            self._lost.append(f"{self._n_foreign} section(s) of kinds that this version does not know")
+
+    def _lose(self, what: str) -> None:
+        self.damaged = True
+        self._lost.append(what)
+
+
+_KINDS = {
+    "SETT": "settings",
+    "TURN": "a turn",
+    "STAT": "what was taken back or changed after a turn",
+    "PICT": "a picture's file",
+    "ROWS": "an embedding",
+}
+
+PictureOf = Callable[[str], bytes]
+RowsOf = Callable[[str], NDArray[np.float32] | None]
+
+
+class Journal:
+    """A bundle that a conversation is saved to as it goes on.
+
+    picture, rows: what has the files of the record's pictures by id, and embeddings by key (None: it is left out);
+    asked for what the file does not hold yet only.
+    """
+
+    def __init__(self, file: SectionFile, record: SavedRecord, pictures: set[str], keys: set[str]) -> None:
+        """What the file holds already.  Use create and resume."""
+        self._file, self._record, self._pictures, self._keys = file, record, pictures, keys
+
+    @classmethod
+    def create(
+        cls, path: str | Path, record: SavedRecord, picture: PictureOf, rows: RowsOf, *, overwrite: bool = True
+    ) -> Journal:
+        """A new file, whole or not there at all.
+
+        Raises BundleError: it cannot be written, is taken (overwrite=False), or belongs to another conversation that
+        is being saved.
+        """
+        return cls(*_create(Path(path), record, picture, rows, overwrite, None))
+
+    @classmethod
+    def resume(cls, bundle: Bundle) -> Journal:
+        """Go on with a bundle that was opened with write=True and is not damaged.  Raises BundleError."""
+        assert not bundle.damaged
+        try:
+            bundle.file.cut()
+            if bundle.torn:  # what is left of what was begun is ended
+                bundle.file.append(_state(bundle.record))
+        except OSError as error:
+            raise _unwritable(bundle.path, error) from None
+        return cls(bundle.file, bundle.record, set(bundle.pictures), set(bundle.keys))
+
+    @classmethod
+    def replace(cls, bundle: Bundle, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> Journal:
+        """A new file in the place of a bundle that was opened with write=True.  Raises BundleError."""
+        return cls(*_create(bundle.path, record, picture, rows, True, bundle.file))
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    def write(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> None:
+        """Add what has changed since, and return when it is on disk.  All of it is there then, or none.
+
+        Where somebody removed the file, it is made again.
+
+        Raises BundleError: it cannot be written, or another file is in its place.
+        """
+        if not self._file.is_in_place():
+            if self.path.exists():
+                raise BundleError(f"{self.path}: was replaced by another program; save the conversation elsewhere")
+            self.rewrite(record, picture, rows)
+            return
+        pictures, keys = set(self._pictures), set(self._keys)
+        try:
+            self._file.append(_added(record, self._record, pictures, keys, picture, rows))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._record, self._pictures, self._keys = record, pictures, keys
+
+    def rewrite(self, record: SavedRecord, picture: PictureOf, rows: RowsOf) -> None:
+        """Write the file anew, without what was taken back.  Raises BundleError, and the old one is there still."""
+        made = _create(self.path, record, picture, rows, True, self._file)
+        self._file, self._record, self._pictures, self._keys = made
+
+    def close(self) -> None:
+        """Others may write to the file from now on."""
+        self._file.unlock()
+
+
+def _create(
+    path: Path, record: SavedRecord, picture: PictureOf, rows: RowsOf, overwrite: bool, replaces: SectionFile | None
+) -> tuple[SectionFile, SavedRecord, set[str], set[str]]:
+    pictures: set[str] = set()
+    keys: set[str] = set()
+    added = _added(record, _NOTHING, pictures, keys, picture, rows)
+    return SectionFile.create(path, added, overwrite=overwrite, replaces=replaces), record, pictures, keys
+
+
+def set_aside(path: Path) -> Path:
+    """Give a file a name that ends in .damaged, for its own will be another's.  Raises BundleError."""
+    aside = next(
+        (
+            name
+            for n in range(1, 100)
+            if not (name := path.with_name(f"{path.name}.damaged{n if n > 1 else ''}")).exists()
+        ),
+        None,
+    )
+    if aside is None:
+        raise BundleError(f"{path}: is damaged, and so are 99 copies of it: move them away")
+    try:
+        try:
+            os.link(path, aside)
+        except PermissionError:  # no file has two names on an SD card's file system
+            os.rename(path, aside)
+    except OSError as error:
+        raise _unwritable(aside, error) from None
+    return aside
+
+
+def _unwritable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+_NOTHING = SavedRecord(SavedSettings(), SavedModel(), state={"": None})  # equal to no other
+
+
+def _added(
+    record: SavedRecord, old: SavedRecord, pictures: set[str], keys: set[str], picture: PictureOf, rows: RowsOf
+) -> Iterator[bytes]:
+    """The sections that make old into record.  pictures, keys: those the file has; grow."""
+    if old is _NOTHING or (record.settings, record.model) != (old.settings, old.model):
+        yield from pack("SETT", {"settings": asdict(record.settings), "model": asdict(record.model)})
+    n_same = next(
+        (n for n, (new, known) in enumerate(zip(record.turns, old.turns, strict=False)) if new != known),
+        min(len(record.turns), len(old.turns)),
+    )
+    for n, turn in enumerate(record.turns[n_same:], n_same):
+        for image in turn.images:
+            if image.picture and image.picture not in pictures:
+                yield from pack("PICT", {"id": image.picture}, picture(image.picture))
+                pictures.add(image.picture)
+            for key in image.keys:
+                found = None if key in keys else rows(key)
+                if found is not None:
+                    yield from _packed_rows(key, found)
+                    keys.add(key)
+        more = len(record.turns) - 1 - n
+        last = {} if more else {"state": dict(record.state)}
+        yield from pack("TURN", {"n": n, "more": more, **_turn_to_map(turn), **last})
+    if n_same == len(record.turns) and record != old:
+        yield from _state(record)
+
+
+def _state(record: SavedRecord) -> list[bytes]:
+    return pack("STAT", {"n": len(record.turns), "state": dict(record.state)})
+
+
+def _packed_rows(key: str, rows: NDArray[np.float32]) -> list[bytes]:
+    data = np.ascontiguousarray(rows, "<f4").tobytes()
+    return pack("ROWS", {"key": key, "rows": rows.shape[0], "width": rows.shape[1]}, data)
+
+
+# Values <-> maps
+
+
+class _Wrong(Exception):
+    """Something is not what belongs there."""
+
+
+class _Fields:
+    """A map whose values are taken by name and type.  Raises _Wrong."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def inner(self, name: str) -> _Fields:
+        value = self.values.get(name)
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise self._wrong(name)
+        return _Fields(value)
+
+    def text(self, name: str, pattern: re.Pattern[str] | None = None) -> str:
+        value = self.values.get(name)
+        if not isinstance(value, str) or (pattern and not pattern.fullmatch(value)):
+            raise self._wrong(name)
+        return value
+
+    def integer(self, name: str, low: int = 0, high: int = _LARGEST) -> int:
+        value = self.values.get(name)
+        if type(value) is not int or not low <= value <= high:
+            raise self._wrong(name)
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name)
+        if type(value) is not bool:
+            raise self._wrong(name)
+        return value
+
+    def items(self, name: str, most: int) -> tuple[Any, ...]:
+        value = self.values.get(name)
+        if not isinstance(value, tuple) or len(value) > most:
+            raise self._wrong(name)
+        return value
+
+    def _wrong(self, name: str) -> _Wrong:
+        return _Wrong(f"its {name} is {ascii(self.values.get(name))[:60]}")
+
+
+def _turn_to_map(turn: SavedTurn) -> dict[str, Any]:
+    return {
+        "parts": [part if isinstance(part, str) else asdict(part) for part in turn.parts],
+        "text": turn.text,
+        "ids": np.asarray(turn.ids, "<u4").tobytes(),  # a list would be of bounded length
+        "stop_reason": turn.stop_reason,
+        "usage": dict(turn.usage),
+    }
+
+
+def _turn(values: _Fields) -> SavedTurn:
+    parts = tuple(
+        part if isinstance(part, str) else _image(_Fields({"part": part}).inner("part"))
+        for part in values.items("parts", _MOST_PARTS)
+    )
+    ids, reason = values.values.get("ids"), values.text("stop_reason")
+    if not isinstance(ids, bytes) or len(ids) % 4:
+        raise _Wrong("its ids are no numbers")
+    if reason not in get_args(StopReason):
+        raise _Wrong(f"its stop_reason is {ascii(reason)[:60]}")
+    usage = values.inner("usage").values
+    for name, value in usage.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+            raise _Wrong(f"its usage has {ascii(name)[:30]} {ascii(value)[:30]}")
+    numbers = tuple(np.frombuffer(ids, "<u4").tolist())
+    return SavedTurn(parts, values.text("text"), numbers, cast(StopReason, reason), usage)
+
+
+def _image(values: _Fields) -> SavedImage:
+    size = values.items("size", 2)
+    if len(size) != 2 or any(type(side) is not int or not 1 <= side <= _LARGEST_SIDE for side in size):
+        raise _Wrong(f"the size of a picture is {ascii(size)[:60]}")
+    keys = values.items("keys", _MOST_KEYS)
+    if not keys or not all(isinstance(key, str) and _DIGEST.fullmatch(key) for key in keys):
+        raise _Wrong("the keys of a picture are none")
+    return SavedImage(
+        values.text("id", _ID),
+        (size[0], size[1]),
+        plain_name(values.text("name")),
+        values.integer("max_slice_nums", 1, _MOST_SLICES),
+        values.flag("reference"),
+        keys,
+        values.text("picture", _DIGEST_OR_NONE),
+    )
+
+
+def plain_name(name: str) -> str:
+    """A file's name without folders, and without what a terminal or a file system could take for more than a name."""
+    last = re.split(r"[/\\]", name)[-1]
+    return "".join(char if char.isprintable() else "?" for char in last)[:255]
+
+
+def _settings(values: _Fields) -> SavedSettings:
+    def given(name: str) -> bool:
+        return values.values.get(name) is not None
+
+    sampling = dict(values.inner("sampling").values)
+    try:
+        Sampling.from_dict(sampling)
+    except (PromptError, TypeError) as error:
+        raise _Wrong(ascii(str(error))[:120]) from None
+    return SavedSettings(
+        values.text("system") if given("system") else None,
+        values.integer("max_slice_nums", 1, _MOST_SLICES) if given("max_slice_nums") else None,
+        values.flag("use_image_id") if given("use_image_id") else None,
+        values.flag("reference_pixels"),
+        values.inner("policy").values,
+        sampling,
+    )
+
+
+def _model(values: _Fields) -> SavedModel:
+    return SavedModel(
+        plain_name(values.text("name")),
+        values.text("encoder", _DIGEST_OR_NONE),
+        values.text("tokenizer", _DIGEST_OR_NONE),
+        values.integer("prompt"),
+    )

@@ -1,0 +1,98 @@
+"""mmchat session show and mmchat session export: saved conversations without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from mmchat.bundle import Bundle, SavedImage
+from mmchat.cli.options import UsageError, say
+from mmchat.transcript import SUFFIXES, caption, transcript
+from mmchat.transcript import export as write_export
+
+
+def show(file: str, as_json: bool) -> None:
+    bundle = Bundle(Path(os.path.expanduser(file)))
+    if as_json:
+        print(json.dumps(_to_json(bundle), ensure_ascii=False))
+    else:
+        _print(bundle)
+    _tell(bundle)
+
+
+def export(file: str, to: str) -> None:
+    path = Path(os.path.expanduser(to))
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--to {to}: the name must end in {', '.join(SUFFIXES)}")
+    bundle = Bundle(Path(os.path.expanduser(file)))
+    missing = write_export(bundle.record, lambda image: bundle.picture(image.picture), path)
+    for line in missing:
+        say(line)
+    _tell(bundle)
+
+
+def _tell(bundle: Bundle) -> None:
+    """What is lost, and the exit code for it."""
+    for what in bundle.lost:
+        say(f"{bundle.path}: lost: {what}")
+    if bundle.lost:
+        raise typer.Exit(1)
+
+
+def _to_json(bundle: Bundle) -> dict[str, object]:
+    sizes = bundle.pictures
+    images = {image.id: image for image in bundle.record.images}.values()
+    return {
+        **transcript(bundle.record),
+        "settings": asdict(bundle.record.settings),
+        "model": asdict(bundle.record.model),
+        "images": [
+            {
+                "id": image.id,
+                "size": list(image.size),
+                "name": image.name,
+                "slices": len(image.keys),
+                "bytes": sizes.get(image.picture, 0),
+                "embeddings": sum(key in bundle.keys for key in image.keys),
+            }
+            for image in images
+        ],
+        "lost": list(bundle.lost),
+        "torn": bundle.torn,
+    }
+
+
+def _print(bundle: Bundle) -> None:
+    record = bundle.record
+    kept = sum(bundle.pictures.values())
+    print(f"model     {_visible(record.model.name) or 'unknown'}")
+    if record.settings.system:
+        print(f"system    {_indented(record.settings.system, 10)}")
+    if record.settings.sampling:
+        print(f"sampling  {_visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
+    print(f"holds     {len(record.turns)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
+          f"{len(bundle.keys)} embeddings")  # fmt: skip
+    for number, turn in enumerate(record.turns, 1):
+        print()
+        for i, part in enumerate(turn.parts):
+            text = part if isinstance(part, str) else f"[{_about(bundle, part)}]"
+            print(f"{f'{number}.' if i == 0 else '':5} {_indented(text, 6)}")
+        print(f"   -> {_indented(turn.text, 6)}{'' if turn.stop_reason == 'stop' else f'  ({turn.stop_reason})'}")
+
+
+def _about(bundle: Bundle, image: SavedImage) -> str:
+    n_bytes = bundle.pictures.get(image.picture)
+    return f"{caption(image)}, {'not kept' if n_bytes is None else f'{n_bytes:,} bytes'}"
+
+
+def _indented(text: str, n: int) -> str:
+    return _visible(text).replace("\n", "\n" + " " * n)
+
+
+def _visible(text: str) -> str:
+    """Nothing in a file may command the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)

@@ -1,0 +1,56 @@
+"""A program for test_kill.py: talks without a model, saves after every turn, and says when a turn is over.
+
+    python -m tests.autosaving FILE STORE
+
+Every third turn takes the two before it back.  Prints {"turns": [texts so far]} after each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mmchat.bundle import Bundle
+from mmchat.model_dir import open_model
+from mmchat.prompt import ChatTokenizer
+from mmchat.saving import Restored
+from mmchat.session import Session
+from mmchat.store import Store
+from tests.fakes import FakeEngine, FakeVision
+
+PICTURE = b"P6 800 600 255\n"  # 1.4 MB of noise
+
+
+def main(file: Path, root: Path) -> None:
+    spec = open_model("demo")
+    tokenizer, store = ChatTokenizer(spec.tokenizer_path), Store(root)
+    engine = FakeEngine(tokenizer, store, spec.llm.hidden_size, context_rows=1_000_000)
+    vision = FakeVision(store, spec.vision.query_num, spec.llm.hidden_size)
+    if file.exists():
+        bundle = Bundle(file, write=True)
+        restored = Restored(bundle, spec, tokenizer, store)
+        chat = Session(spec, tokenizer, store, vision, engine, **restored.options)
+        chat.resume(bundle, restored)
+    else:
+        chat = Session(spec, tokenizer, store, vision, engine)
+        chat.autosave(file)
+    while True:
+        number = len(chat.turns)
+        noise = PICTURE + np.random.default_rng(number).bytes(800 * 600 * 3)
+        engine.script.append(f"answer {number}")
+        assert chat.ask(f"question {number}", images=[noise]).text
+        told([turn.text for turn in chat.turns])
+        if number % 3 == 2:
+            chat.undo(2)
+            told([turn.text for turn in chat.turns])
+
+
+def told(turns: list[str]) -> None:
+    print(json.dumps({"turns": turns}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
