@@ -1,4 +1,4 @@
-"""What scripts/demo shows: one conversation about several pictures, then the same print with and without slicing."""
+"""What scripts/demo shows: a conversation about two pictures, then small print with slicing and without."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ PICTURES = Path(__file__).parent / "pictures"
 
 CONVERSATION = [
     ("shapes.png", "What colour is the circle?"),
-    (None, "Where is the square?"),
     ("garden.png", "Describe the image."),
-    (None, "What colour is the background in the first image?"),
-    ("sign.png", "What word is written?"),
-    (None, "How many images are there?"),
+    (None, "Where is the square in the first image?"),
 ]
 
 
