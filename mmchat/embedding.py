@@ -39,6 +39,24 @@ def common_prefix(a: Sequence[RowKey], b: Sequence[RowKey]) -> int:
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 
+def choose_cache(held: Sequence[Sequence[RowKey]], wanted: Sequence[RowKey], n_most: int) -> tuple[int, int, int]:
+    """Which KV cache a prompt goes on in, where an engine has several (at most n_most, one at least).
+
+    held: the rows in each, the least recently used first.
+
+    Returns (source, target, n): the first n rows of source are of use, all but the prompt's last at most, since that
+    one's output is what the first token is chosen from; and the prompt goes on in target.  That is source itself,
+    unless source would lose more rows than it keeps: then it belongs to another conversation, most likely, and the
+    rows are to be copied to a new cache (target == len(held)), or to the one that was not used for longest.
+    """
+    common = [common_prefix(rows, wanted) for rows in held]
+    source = max(range(len(held)), key=lambda number: (common[number], number))
+    n = min(common[source], len(wanted) - 1)
+    if len(held[source]) - n <= n:
+        return source, source, n
+    return source, len(held) if len(held) < n_most else 0, n
+
+
 def assemble(
     pieces: Sequence[Piece],
     table: EmbedTable,

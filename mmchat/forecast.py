@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mmchat.context import Change, Conversation, Fitted, mentions
-from mmchat.embedding import RowKey, common_prefix, row_keys
+from mmchat.embedding import RowKey, choose_cache, common_prefix, row_keys
 from mmchat.engine import Piece
 from mmchat.record import Form, Marks, Usage, images_in
 
@@ -163,6 +163,7 @@ class Outlook:
 
     strategy: what it does with its KV cache: "rewind" (OpenVINO), or RKLLM's of mmchat.rkllm_embed.
     rewinds: with "prefix", whether the library takes a cache that must be cut.
+    n_caches: KV caches that it has at most.
     longest: rows of the longest prompt that is known to be safe; None where none crashed.
     speeds: of this board, where they were measured; published: whether it is one that speeds were published for.
     """
@@ -172,13 +173,16 @@ class Outlook:
         strategy: Callable[[], str] = lambda: "rewind",
         *,
         rewinds: Callable[[], bool] = lambda: True,
+        n_caches: int = 1,
         longest: Callable[[], int | None] = lambda: None,
         speeds: Callable[[], Speeds] = dict,
         published: bool = False,
     ) -> None:
         self._strategy, self._rewinds, self._longest = strategy, rewinds, longest
         self._speeds, self._published = speeds, published
-        self._held: list[RowKey] = []
+        self._n_caches = n_caches
+        self._held: list[list[RowKey]] = [[]]  # in each cache, the least recently used first
+        self._asked = self._held
 
     @property
     def longest(self) -> int | None:
@@ -191,7 +195,8 @@ class Outlook:
 
     def reused(self, pieces: Sequence[Piece]) -> int:
         """Rows of a prompt that the engine should find in its cache."""
-        rows, held, strategy = row_keys(pieces), self._held, self._strategy()
+        rows, strategy = row_keys(pieces), self._strategy()
+        held = self._held[choose_cache(self._held, rows, self._n_caches)[0]]
         same = common_prefix(held, rows)
         if strategy == "resend" or (same < len(held) and (strategy == "append" or not self._rewinds())):
             return 0
@@ -199,8 +204,15 @@ class Outlook:
 
     def sent(self, pieces: Sequence[Piece], n_rows: int, ids: Iterable[int]) -> None:
         """The engine computed the first n_rows of a prompt, and fed itself these tokens of its answer."""
-        self._held = [*row_keys(pieces)[:n_rows], *ids]
+        rows = row_keys(pieces)
+        target = choose_cache(self._asked, rows, self._n_caches)[1]
+        others = [held for number, held in enumerate(self._asked) if number != target]
+        self._held = [*others, [*rows[:n_rows], *ids]]
+
+    def asked(self) -> None:
+        """A request is under way: nobody knows what the engine holds until sent() tells."""
+        self._asked, self._held = self._held, [[]]
 
     def lost(self) -> None:
-        """Nobody knows what the engine holds."""
-        self._held = []
+        """The engine that the request was sent to is gone, with all that it held."""
+        self._asked = [[]]

@@ -38,6 +38,8 @@ _HINTS = {
     "embed_table": _TABLE_HINT,
     "vision": "copy the encoder here",
 }
+# Of all KV caches on the CPU together, at full length; and how many there are at most.
+_CACHES_BYTES, MAX_CACHES = 1 << 30, 4
 # Patches that one encoder input may have on the CPU: every view of pictures up to about 1000:1.
 _CPU_MAX_PATCHES = 2048
 # What the published chat() samples with where the folder does not say.
@@ -62,6 +64,12 @@ class LlmSpec:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.n_heads
+
+
+def cpu_caches(spec: LlmSpec, context_rows: int) -> int:
+    """How many KV caches the CPU engine keeps: as many as fit into 1 GiB, 1 to 4."""
+    row_bytes = 2 * 4 * spec.n_layers * spec.n_kv_heads * spec.head_size  # keys and values, float32
+    return max(1, min(MAX_CACHES, _CACHES_BYTES // (row_bytes * context_rows)))
 
 
 @dataclass(frozen=True)

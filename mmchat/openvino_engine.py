@@ -2,7 +2,7 @@
 
 KV caches are kept between requests; a request is compared with what they hold, the nearest is rewound to the common
 prefix, and only what differs is computed.  There are several, so that conversations that take turns do not displace
-each other: as many as fit into CACHES_BYTES at full length, at most MAX_CACHES.
+each other (mmchat.model_dir.cpu_caches says how many).
 
 Found with OpenVINO 2026.4.1 and relied on here: rewinding by cutting the states is exact; InferRequest.cancel() tears
 the states, so cancelling is a flag between chunks; any exception inside infer() poisons the compiled model, so it is
@@ -24,16 +24,14 @@ from numpy.typing import NDArray
 from mmchat.checkpoint import Checkpoint
 from mmchat.decoding import TextStream, choose, ids_of_text
 from mmchat.embed_table import EmbedTable
-from mmchat.embedding import RowKey, assemble, common_prefix, row_keys
+from mmchat.embedding import RowKey, assemble, choose_cache, row_keys
 from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
 from mmchat.errors import EngineError, PromptError
-from mmchat.model_dir import LlmSpec
+from mmchat.model_dir import LlmSpec, cpu_caches
 from mmchat.openvino_graphs import build_llm, cpu_properties
 from mmchat.prompt import ChatTokenizer
 
 PREFILL_CHUNK_ROWS = 256
-CACHES_BYTES = 1 << 30
-MAX_CACHES = 4
 
 
 @dataclass
@@ -71,8 +69,7 @@ class OpenVinoEngine:
         self._properties = cpu_properties(n_threads)
         self._core = ov.Core()
         self._model = build_llm(checkpoint, spec)
-        row_bytes = 2 * 4 * spec.n_layers * spec.n_kv_heads * spec.head_size  # keys and values, float32
-        self._n_caches = n_caches or max(1, min(MAX_CACHES, CACHES_BYTES // (row_bytes * self._context_rows)))
+        self._n_caches = n_caches or cpu_caches(spec, self._context_rows)
         self._caches: list[_Cache] = []
         self._compile()
 
@@ -95,9 +92,9 @@ class OpenVinoEngine:
             raise PromptError("the prompt is empty")
         check_fits(len(rows), sampling.max_new_tokens, self._context_rows)
         wanted = rows + list(resume_ids)
-        nearest, kept = self._nearest(wanted)
+        source, target, kept = choose_cache([cache.held for cache in self._caches], wanted, self._n_caches)
         embeds = assemble([*pieces, Tokens(tuple(resume_ids))], self._table, self._load_image, skip=kept)
-        self._rewind(nearest, kept)
+        self._rewind(source, target, kept)
 
         generated = list(resume_ids)
         stream = TextStream(self._tokenizer.token_bytes, sampling.stop)
@@ -172,40 +169,23 @@ class OpenVinoEngine:
         """The current one: the last that was used."""
         return self._caches[-1]
 
-    def _nearest(self, wanted: list[RowKey]) -> tuple[_Cache, int]:
-        """The cache with the most first rows of those wanted, and how many of them are of use.
-
-        The last row is always computed: its output is what the first token is chosen from.
-        """
-        common, nearest = max(
-            ((common_prefix(cache.held, wanted), cache) for cache in reversed(self._caches)), key=lambda pair: pair[0]
-        )
-        return nearest, min(common, len(wanted) - 1)
-
-    def _rewind(self, nearest: _Cache, n: int) -> None:
-        """Have a current cache with the first n rows of nearest.
-
-        Where nearest would lose more rows than it keeps it belongs to another conversation, most likely, and is left
-        as it is: the rows are copied to a new cache, or to the one that was not used for longest.
-        """
-        target = nearest
-        if len(nearest.held) - n > n:
-            if len(self._caches) < self._n_caches:
-                target = _Cache(self._compiled.create_infer_request())
-            else:
-                target = self._caches[0]
+    def _rewind(self, source: int, target: int, n: int) -> None:
+        """Have a current cache, the target, with the first n rows of the source."""
+        if target == len(self._caches):
+            self._caches.append(_Cache(self._compiled.create_infer_request()))
+        nearest, cache = self._caches[source], self._caches[target]
         try:
             if n == 0:
-                target.request.reset_state()
-            elif target is not nearest or n < len(nearest.held):
-                states = {state.name: state for state in target.request.query_state()}
+                cache.request.reset_state()
+            elif cache is not nearest or n < len(nearest.held):
+                states = {state.name: state for state in cache.request.query_state()}
                 for state in nearest.request.query_state():
                     states[state.name].state = ov.Tensor(state.state.data[:, :, :n, :].copy())
         except Exception as error:
             self._compile()
             raise EngineError(f"OpenVINO could not rewind to row {n} ({' '.join(str(error).split())[:300]})") from None
-        target.held = nearest.held[:n]
-        self._caches = [*(cache for cache in self._caches if cache is not target), target]
+        cache.held = nearest.held[:n]
+        self._caches.append(self._caches.pop(target))
 
     def _compile(self) -> None:
         self._compiled = self._core.compile_model(self._model, "CPU", self._properties)

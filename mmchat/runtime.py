@@ -11,7 +11,7 @@ from mmchat.context import Policy
 from mmchat.errors import ModelDirError
 from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
-from mmchat.model_dir import DEMO, ModelSpec, open_model
+from mmchat.model_dir import DEMO, ModelSpec, cpu_caches, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
@@ -34,7 +34,7 @@ class Runtime:
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
         self.vision = VisionClient(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
         self._rkllm = rkllm
-        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook()
+        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook(n_caches=cpu_caches(spec.llm, context_rows))
 
     @property
     def strategy(self) -> str:
@@ -58,7 +58,8 @@ class Runtime:
 
         Any number of them share the engine.  Answers that several threads ask for at once come one after the other, in
         the order in which they were begun; a thread that begins one while it streams another gets EngineBusy.  Going
-        from one conversation to another costs the rows that the two do not begin with in common.
+        from one conversation to another costs the rows that the two do not begin with in common, unless the engine has
+        a cache for each: OpenVINO keeps four, or as many as fit into 1 GiB; RKLLM has one.
 
         system: the system prompt; None or "" is the model's.  max_slice_nums: cells per picture at most; None is the
         model's (9).  use_image_id: number the pictures in the prompt; None is the model's choice.

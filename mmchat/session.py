@@ -477,13 +477,14 @@ class Session:
         for attempt in (1, 2):
             if reply.should_stop():
                 return
-            self._outlook.lost()  # until the engine has told
+            self._outlook.asked()
             try:
                 for event in self._engine.generate(prompt.pieces, reply.sampling, reply.should_stop, resume_ids=shown):
                     if isinstance(event, Prefill):
                         reply.on_progress("prefill")(event.done, event.total)
                     elif isinstance(event, Restarted):
                         reply.count(restarts=1)
+                        self._outlook.lost()
                     else:
                         if isinstance(event, Token):
                             shown.append(event.id)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmchat.bench import board, chat, host, record, work
+from mmchat.bench import chat, host, record, work
 from mmchat.bench.board import Work, predicted_s
-from mmchat.bench.conversations import EIGHT, STANDARD, Ask, Conversation, Rewind
+from mmchat.bench.conversations import EIGHT, OVERFLOW, STANDARD, Ask, Conversation, Rewind
 from mmchat.bench.pictures import draw
 from mmchat.bench.script import Timed
 from mmchat.engine import Event, Piece, Sampling, Tokens
@@ -64,7 +64,7 @@ def runtime(tmp_path: Path) -> Callable[[type[FakeEngine]], Any]:
 # --- the conversations ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conversation", STANDARD, ids=lambda one: one.name)
+@pytest.mark.parametrize("conversation", [*STANDARD, OVERFLOW], ids=lambda one: one.name)
 def test_a_conversation_can_be_held(conversation: Conversation) -> None:
     """Questions are about pictures that were shown, and no more is taken back than was said."""
     shown: set[int] = set()
@@ -130,7 +130,7 @@ def test_slices_that_are_encoded_twice_are_caught(runtime: Callable[[type[FakeEn
 
 
 def request(rows: Sequence[Any], computed: Sequence[int] = (), n_slices: int = 0) -> work.Request:
-    return work.Request(tuple(rows), tuple(computed), len(rows), len(rows), len(computed), n_slices, Work())
+    return work.Request(tuple(rows), tuple(computed), len(rows), len(rows), len(computed), n_slices, 0, Work())
 
 
 def test_the_rules_of_the_strategies() -> None:
@@ -172,18 +172,25 @@ def test_the_figures_of_a_conversation() -> None:
 def test_bench_work_on_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real pipeline: every slice once, every row once."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "KEEPS", (1.0, 0.5))
     code, out, err = run_here("bench", "work", "--json", "--save")
     assert code == 0, err
     told = json.loads(out)
     ran = [one for one in told["conversations"] if one["counted"] == "run"]
-    assert [one["name"] for one in ran] == [conversation.name for conversation in STANDARD]
+    assert [one["name"] for one in ran] == [conversation.name for conversation in (*STANDARD, OVERFLOW)]
     for one in told["conversations"]:
         assert one["slices_ratio"] == 1.0
         assert set(one["peers"]) == {work.REENCODE, work.ONE_IMAGE}
         assert one["peers"][work.REENCODE] > one["predicted_rk3588_s"] > 0
-    for one in ran:
-        assert (one["engine"], one["strategy"]) == ("openvino", "rewind")
+    *roomy, overflowing = ran
+    for one in roomy:
+        assert (one["engine"], one["strategy"], one["trims"]) == ("openvino", "rewind", 0)
         assert one["rows_ratio"] == 1.0, one["name"]
+    assert overflowing["trims"] > 0
+    assert overflowing["kept_least"] >= 0.5
+    assert 1.0 < overflowing["rows_ratio"] <= 2.0
+    curve = {one["keep"]: one for one in told["overflow_curve"]}
+    assert curve[0.5]["rows_ratio"] == overflowing["rows_ratio"] < curve[1.0]["rows_ratio"]
     saved = json.loads((tmp_path / "benchmarks" / "work.json").read_text())
     assert saved["conversations"] == told["conversations"]
     assert "Predicted, not measured" in (tmp_path / "benchmarks" / "work.md").read_text()
@@ -262,7 +269,3 @@ def test_wrong_words_are_refused(tmp_path: Path) -> None:
     assert code == 2
     assert "no section 'speed'" in err
     assert run_here("bench", "work", "--model", tmp_path)[0] == 1
-
-
-def test_the_published_figures_are_named_where_they_are_used() -> None:
-    assert (board.ENCODE_S_PER_SLICE, board.DECODE_TOKENS_PER_S, board.ROWS_PER_SLICE) == (3.27, 4.18, 64)

@@ -10,8 +10,8 @@ from mmchat.checkpoint import Checkpoint
 from mmchat.embed_table import EmbedTable
 from mmchat.engine import Engine, Sampling, Tokens
 from mmchat.llm_proc import LlmClient
-from mmchat.model_dir import open_model
-from mmchat.openvino_engine import MAX_CACHES, OpenVinoEngine
+from mmchat.model_dir import MAX_CACHES, open_model
+from mmchat.openvino_engine import OpenVinoEngine
 from mmchat.prompt import ChatTokenizer
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, EngineContract, Kit, run

@@ -15,7 +15,7 @@ from mmchat.checkpoint import Checkpoint
 from mmchat.embed_table import EmbedTable
 from mmchat.engine import ImageRows, Piece, Sampling, Tokens
 from mmchat.errors import EngineError, ModelDirError
-from mmchat.model_dir import open_model
+from mmchat.model_dir import MAX_CACHES, open_model
 from mmchat.openvino_engine import OpenVinoEngine
 from mmchat.prompt import ChatTokenizer
 from tests.contract_engine import ENDLESS, run
@@ -123,8 +123,8 @@ def test_a_rewound_conversation_stays_in_its_cache(make: Make) -> None:
 
 
 def test_a_long_context_of_a_large_model_has_one_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make()._n_caches == openvino_engine.MAX_CACHES
-    monkeypatch.setattr(openvino_engine, "CACHES_BYTES", 6 << 20)
+    assert make()._n_caches == MAX_CACHES
+    monkeypatch.setattr("mmchat.model_dir._CACHES_BYTES", 6 << 20)
     assert make()._n_caches == 1
     assert make(context_rows=1000)._n_caches == 3
 

@@ -1,10 +1,8 @@
 """Board time, predicted: counts of work times figures that were published for an RK3588.
 
-Nothing here was measured by this project; no board was at hand.  The figures are Rockchip's own for MiniCPM-V-2.6:
-w8a8, fixed highest frequencies, all three NPU cores (airockchip/rknn-llm, benchmark.md of 1.2.3 and 1.3.0: a first
-token after 826 ms for 64 tokens, then 4.18 tokens per second; 3.27 s for the encoder at 448x448).  Long prompts
-prefill slower per row than short ones, by how much was not published for this model; so long prompts, and with them
-everything that is sent again, take longer than predicted.
+Nothing here was measured by this project; no board was at hand.  The figures are Rockchip's own (mmchat.forecast says
+which).  Long prompts prefill slower per row than short ones, by how much was not published for this model; so long
+prompts, and with them everything that is sent again, take longer than predicted.
 
 A view of the demo model has fewer rows than the published model's, so image rows are counted as those it would have.
 """
@@ -13,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENCODE_S_PER_SLICE = 3.27
-PREFILL_ROWS_PER_S = 64 / 0.826
-DECODE_TOKENS_PER_S = 4.18
+from mmchat.forecast import PUBLISHED_RK3588
+
 ROWS_PER_SLICE = 64
 
 
@@ -40,4 +37,5 @@ class Work:
 def predicted_s(work: Work) -> float:
     """Seconds that this work would take on an RK3588, by the published figures."""
     rows = work.n_text_rows + work.n_image_views * ROWS_PER_SLICE
-    return work.n_slices * ENCODE_S_PER_SLICE + rows / PREFILL_ROWS_PER_S + work.n_new / DECODE_TOKENS_PER_S
+    figures = PUBLISHED_RK3588
+    return work.n_slices * figures["encode"] + rows * figures["prefill"] + work.n_new * figures["generate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmchat.context import Policy
 from mmchat.slicing import Size
 
 
@@ -37,6 +38,7 @@ class Conversation:
     max_slice_nums: int | None = None
     context_rows: int | None = None
     size: Size | None = None
+    policy: Policy | None = None
 
 
 _EIGHT = (
@@ -89,6 +91,12 @@ _TWO = tuple(
 # A camera that sees the same for a while; each frame is described and forgotten.
 _FRAMES = (41, 41, 42, 43, 43, 43, 44, 45, 45, 46, 47, 41)
 _VIDEO = tuple(step for seed in _FRAMES for step in (Ask("Describe the image.", new=(seed,)), Rewind(1)))
+# 20 pictures of which 1,024 rows hold four to six at a time; every third question is about the picture before it.
+_ASKED = ("What color is the background?", "Describe the image.", "How many shapes are there?", "Is there any text?")
+_MANY = tuple(
+    Ask(_ASKED[number % 4], new=(100 + number,) if number % 3 else (), about=() if number % 3 else (99 + number,))
+    for number in range(1, 31)
+)
 
 EIGHT = Conversation("8 turns, 5 images", _EIGHT)
 STANDARD = (
@@ -98,3 +106,4 @@ STANDARD = (
     Conversation("two sessions in turns", _TWO),
     Conversation("video loop", _VIDEO, size=(320, 180)),
 )
+OVERFLOW = Conversation("30 turns, 20 images, overflowing", _MANY, context_rows=1024)

@@ -15,6 +15,9 @@ from typing import Any
 
 import mmchat
 from mmchat.bench import board, work
+from mmchat.bench.conversations import OVERFLOW
+from mmchat.context import Policy
+from mmchat.forecast import PUBLISHED_RK3588
 
 _PACKAGES = ("numpy", "pillow", "openvino")
 
@@ -56,7 +59,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Everything in a result, as tables."""
     made = []
     if "conversations" in found:
-        made += [_work(found["conversations"]), _board(found["conversations"])]
+        made += [_work(found["conversations"]), _curve(found["overflow_curve"]), _board(found["conversations"])]
     if "chat" in found:
         made.append(_chat(found["chat"]))
     if "host" in found:
@@ -90,6 +93,8 @@ def save(found: dict[str, Any], folder: Path) -> list[Path]:
         if key not in found:
             continue
         part = {**about, key: found[key]}
+        if key == "conversations":
+            part["overflow_curve"] = found["overflow_curve"]
         for suffix, text in (
             (".json", json.dumps(part, indent=1) + "\n"),
             (".md", f"# {section}\n\n{to_markdown(part)}"),
@@ -119,6 +124,25 @@ def _work(conversations: list[dict[str, Any]]) -> Table:
     return Table("Work", note, ("conversation", "engine", "slices", "ratio", "rows", "ratio"), rows)
 
 
+def _curve(curve: list[dict[str, Any]]) -> Table:
+    remarks = {1.0: " (the minimum is trimmed)", Policy().keep: " (the default)"}
+    rows = [
+        (
+            f"{one['keep']:g}{remarks.get(one['keep'], '')}",
+            "-" if one["kept_least"] is None else f"{one['kept_least']:.2f}",
+            str(one["trims"]),
+            f"{one['rows_prefilled']} / {one['rows_new']}",
+            f"{one['rows_ratio']:.2f}",
+        )
+        for one in curve
+    ]
+    note = (
+        f'"{OVERFLOW.name}", {OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over the '
+        "share of the cap that a trim is asked to leave (`Policy.keep`), and the least that one left."
+    )
+    return Table("Overflow", note, ("keep", "least left", "trims", "rows", "ratio"), rows)
+
+
 def _board(conversations: list[dict[str, Any]]) -> Table:
     rows = [
         (
@@ -128,9 +152,10 @@ def _board(conversations: list[dict[str, Any]]) -> Table:
         )
         for one in conversations
     ]
+    figures = PUBLISHED_RK3588
     note = (
-        f"**Predicted, not measured**: the counts times figures published for an RK3588 ({board.ENCODE_S_PER_SLICE} s "
-        f"per slice, {board.PREFILL_ROWS_PER_S:.1f} rows/s, {board.DECODE_TOKENS_PER_S} tokens/s), an image row of the "
+        f"**Predicted, not measured**: the counts times figures published for an RK3588 ({figures['encode']:g} s "
+        f"per slice, {1 / figures['prefill']:.1f} rows/s, {1 / figures['generate']:.2f} tokens/s), an image row of the "
         f"demo model counted as those {board.ROWS_PER_SLICE} per slice that MiniCPM-V-2.6 has. The peers' ways do the "
         "same conversation with the same slices: "
         f'"{work.REENCODE}" at every turn; "{work.ONE_IMAGE}" for each picture that a question is about, and so '

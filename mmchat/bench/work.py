@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mmchat
 from mmchat.bench.board import Work, predicted_s
-from mmchat.bench.conversations import STANDARD, Ask, Conversation
+from mmchat.bench.conversations import OVERFLOW, STANDARD, Ask, Conversation
 from mmchat.bench.pictures import draw
+from mmchat.context import Policy
 from mmchat.embedding import RowKey, common_prefix, row_keys
 from mmchat.engine import Done, Engine, Event, Piece, Sampling
 from mmchat.prompt import Message, Picture, Text, render
+from mmchat.record import ImageHandle
 from mmchat.runtime import Runtime
-from mmchat.session import ImageHandle, Session
+from mmchat.session import Session
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64}
 
+# Shares of the cap that a trim leaves at least; 1 trims the minimum, 0.5 is the default.
+KEEPS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
 REENCODE = "re-encode and resend everything"
 ONE_IMAGE = "one image per conversation"
 
@@ -35,6 +39,7 @@ class Request:
     """One question and what it took.
 
     rows: of the prompt.  computed: of the answer, those that the cache then holds.  new: rows that were new.
+    n_changes: what was degraded for it to fit.
     alone: the work of asking each picture that the question is about in a conversation of its own.
     """
 
@@ -44,6 +49,7 @@ class Request:
     n_prefilled: int
     n_answer: int
     n_slices: int
+    n_changes: int
     alone: Work
 
 
@@ -115,7 +121,9 @@ def count(conversation: Conversation, runtime: Runtime) -> Counted:
             new = _rows_of_question([*handles, step.text], runtime)
         alone = _alone(step, [known[seed] for seed in step.about or step.new], usage.n_new, runtime)
         counted.requests.append(
-            Request(rows, computed, new, usage.n_prefilled, usage.n_new, usage.slices_encoded, alone)
+            Request(
+                rows, computed, new, usage.n_prefilled, usage.n_new, usage.slices_encoded, len(reply.degraded), alone
+            )
         )
         talk.left = (*rows, *computed)
         talk.before.append(talk.left)
@@ -145,6 +153,7 @@ def _session(runtime: Runtime, engine: Engine, conversation: Conversation) -> Se
         runtime.vision,
         engine,
         max_slice_nums=conversation.max_slice_nums,
+        policy=conversation.policy,
     )
 
 
@@ -231,13 +240,28 @@ def describe(counted: Counted, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def run(model: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """All conversations.  Raises what opening the model and asking raise."""
-    found: list[dict[str, Any]] = []
-    for conversation in STANDARD:
-        say(f"work: {conversation.name}")
+    """All conversations, and the overflowing one over the share of the cap that a trim leaves.
+
+    Raises what opening the model and asking raise.
+    """
+
+    def hold(conversation: Conversation) -> list[dict[str, Any]]:
+        say(f"work: {conversation.name}" + (f", {conversation.policy.keep:g} kept" if conversation.policy else ""))
         with (
             tempfile.TemporaryDirectory() as folder,
             mmchat.open(model, store=folder, context_rows=conversation.context_rows) as runtime,
         ):
-            found += describe(count(conversation, runtime), runtime)
-    return {"conversations": found}
+            counted = count(conversation, runtime)
+            trims = [len(request.rows) / runtime.context_rows for request in counted.requests if request.n_changes]
+            return [
+                {**one, "trims": len(trims), "kept_least": min(trims, default=None)}
+                for one in describe(counted, runtime)
+            ]
+
+    found = [figures for conversation in (*STANDARD, OVERFLOW) for figures in hold(conversation)]
+    curve = []
+    for keep in KEEPS:
+        figures = hold(replace(OVERFLOW, policy=Policy(keep=keep)))[0]
+        names = ("trims", "kept_least", "rows_prefilled", "rows_new", "rows_ratio", "slices_ratio")
+        curve.append({"keep": keep, **{name: figures[name] for name in names}})
+    return {"conversations": found, "overflow_curve": curve}
