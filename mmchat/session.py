@@ -100,6 +100,11 @@ class Session:
         """What of the turns is sent otherwise than it was said."""
         return self._marks
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """By id, the number (from 1) of each picture that is sent to be seen: what "image 2" means to the model."""
+        return Conversation(self._system, self._turns).numbers(self._marks)
+
     # Asking
 
     def ask(

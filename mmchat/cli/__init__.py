@@ -109,6 +109,7 @@ def chat(
     context: options.Context = None,
     threads: options.Threads = None,
     reference_pixels: options.ReferencePixels = False,
+    policy: options.PolicySteps = None,
     stats: options.Stats = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -122,7 +123,7 @@ def chat(
         chatting.chat(
             pictures or [],
             options.Opening(model, engine, store, context, threads),
-            options.Talk(system, max_slices, reference_pixels, stats, as_json),
+            options.Talk(system, max_slices, reference_pixels, stats, as_json, policy),
             options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
         )
 
@@ -155,9 +156,12 @@ def prompt(
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Take tokenizer, numbers and budget from this model.")
     ] = None,
+    context: options.Context = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    policy: options.PolicySteps = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the prompt of a conversation without running anything.
+    """Show the prompt of a conversation without running anything, and with a model, what would be sent of it.
 
     FILE: {"messages": [{"role", "content": [{"type": "text", "text"} or {"type": "image", "size": [w, h]}]}]} and,
     where wanted, "system_prompt", "use_image_id", "max_slice_nums".
@@ -165,7 +169,7 @@ def prompt(
     from mmchat.cli import showing
 
     with options.errors_as_lines():
-        showing.prompt(conversation, tokenizer, model, as_json)
+        showing.prompt(conversation, tokenizer, model, context, max_new_tokens, policy, as_json)
 
 
 @app.command()

@@ -7,20 +7,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import typer
 
 import mmchat
-from mmchat.cli.options import Opening, Talk, UsageError, describe, printable, say
-from mmchat.cli.terminal import Waiting, print_stats, reply_to_json
+from mmchat.cli.options import Opening, Talk, UsageError, describe, policy, printable, say
+from mmchat.cli.terminal import Waiting, describe_changes, describe_plan, print_stats, reply_to_json
 from mmchat.errors import MmchatError
 from mmchat.images import open_image
-from mmchat.record import ImageHandle
 from mmchat.runtime import Runtime
 from mmchat.session import Reply, Session
 from mmchat.transcript import save_transcript
@@ -31,8 +30,14 @@ _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 HELP = """\
 /image PATH...   attach pictures to the next question ({{PATH}} in a question puts one right there)
 /drop            forget what /image attached
-/images          list the pictures of this conversation
+/images          list the pictures of this conversation; @img2 in a question names one
+/pin WHAT        keep a picture (img2) or a turn (3) when the context is full; /unpin WHAT ends that
+/forget IMG      send a picture as a line of text only; /reattach IMG sends it whole again
+/cost [QUESTION] what the next question would send and cost
 /undo [N]        take back the last turn, or the last N
+/retry           answer the last question once more
+/edit N QUESTION ask another question in the place of turn N, and go on from there
+/branch [N]      go on after turn N (or the last) in a conversation of its own; /switch [K] goes to another
 /save FILE       write the conversation to FILE: .json, or Markdown
 /stats           print times after each answer, or stop that
 /help            this list
@@ -101,7 +106,7 @@ class _Repl:
     def __init__(self, runtime: Runtime, talk: Talk, sampling: dict[str, Any], attached: list[Path]) -> None:
         self._runtime, self._sampling, self._attached = runtime, sampling, attached
         self._talk = talk
-        self._session: Session = _session(runtime, talk)
+        self._sessions, self._at = [_session(runtime, talk)], 0
         self.n_failed = 0
 
     def handle(self, line: str) -> bool:
@@ -122,9 +127,15 @@ class _Repl:
             say("interrupted")
         return True
 
+    @property
+    def _session(self) -> Session:
+        return self._sessions[self._at]
+
     def _ask(self, question: str) -> None:
-        reply = self._session.ask(split_pictures(question), self._attached, **self._sampling)
-        n_turns = len(self._session.turns)
+        self._run(self._session.ask(split_pictures(question), self._attached, **self._sampling))
+
+    def _run(self, reply: Reply) -> None:
+        turns = self._session.turns
         previous = signal.getsignal(signal.SIGINT)
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -136,38 +147,132 @@ class _Repl:
             _show(reply, self._runtime, self._talk)
         finally:
             signal.signal(signal.SIGINT, previous)
-            if len(self._session.turns) > n_turns:  # else they wait for the next question
+            if self._session.turns != turns:  # else they wait for the next question
                 self._attached = []
 
     def _command(self, name: str, rest: str = "") -> None:
-        if name == "/image":
-            if not rest:
-                raise UsageError("/image needs the path of a picture")
-            paths = [rest] if _is_file(rest) else rest.split()
-            self._attached += [_readable(path) for path in paths]
-            say(f"{len(self._attached)} picture(s) go with the next question")
-        elif name == "/drop":
-            say(f"{len(self._attached)} picture(s) do not go with the next question after all")
-            self._attached = []
-        elif name == "/images":
-            _print_images(self._session.images, self._attached, self._talk.as_json)
-        elif name == "/undo":
-            if rest and not rest.isdecimal():
-                raise UsageError(f"/undo takes a number of turns, not {rest!r}")
-            taken = self._session.undo(int(rest or 1))
-            say(f"took back {len(taken)} turn(s); {len(self._session.turns)} left")
-        elif name == "/save":
-            if not rest:
-                raise UsageError("/save needs a file name")
-            save_transcript(self._session, Path(os.path.expanduser(rest)))
-            say(f"saved {len(self._session.turns)} turn(s) to {rest}")
-        elif name == "/stats":
-            self._talk = replace(self._talk, stats=not self._talk.stats)
-            say(f"times are {'shown' if self._talk.stats else 'not shown'}")
-        elif name == "/help":
-            print(HELP, file=sys.stderr if self._talk.as_json else sys.stdout)
-        else:
+        command = self._commands.get(name)
+        if command is None:
             raise UsageError(f"unknown command {name}; /help lists the commands")
+        command(self, rest)
+
+    def _image(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("/image needs the path of a picture")
+        paths = [rest] if _is_file(rest) else rest.split()
+        self._attached += [_readable(path) for path in paths]
+        say(f"{len(self._attached)} picture(s) go with the next question")
+
+    def _drop(self, rest: str) -> None:
+        say(f"{len(self._attached)} picture(s) do not go with the next question after all")
+        self._attached = []
+
+    def _images(self, rest: str) -> None:
+        _print_images(self._session, self._attached, self._talk.as_json)
+
+    def _pin(self, rest: str) -> None:
+        self._session.pin(_picture_or_turn("/pin", rest))
+        say(f"{rest} stays as it is when the context is full")
+
+    def _unpin(self, rest: str) -> None:
+        self._session.unpin(_picture_or_turn("/unpin", rest))
+        say(f"{rest} may go when the context is full")
+
+    def _forget(self, rest: str) -> None:
+        self._session.forget(_picture("/forget", rest))
+        say(f"{rest} is sent as a line of text from now on; /reattach {rest} brings it back")
+
+    def _reattach(self, rest: str) -> None:
+        self._session.reattach(_picture("/reattach", rest))
+        say(f"{rest} is sent whole again")
+
+    def _cost(self, rest: str) -> None:
+        plan = self._session.plan(split_pictures(rest or "?"), self._attached, **self._sampling)
+        print(json.dumps(plan.to_dict()) if self._talk.as_json else "\n".join(describe_plan(plan)), flush=True)
+
+    def _undo(self, rest: str) -> None:
+        taken = self._session.undo(_number("/undo takes a number of turns", rest or "1"))
+        say(f"took back {len(taken)} turn(s); {len(self._session.turns)} left")
+
+    def _retry(self, rest: str) -> None:
+        reply = self._session.regenerate(**self._sampling)
+        if reply.sampling.temperature == 0:
+            say("without a --temperature the answer will be the same")
+        self._run(reply)
+
+    def _edit(self, rest: str) -> None:
+        number, _, question = rest.partition(" ")
+        turn = _number("/edit takes the number of a turn, then the question", number)
+        parts = split_pictures(question.strip())
+        # A list has the pictures that stand in it; else those that were attached, or else the turn's own.
+        text = parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
+        self._run(self._session.edit(turn, text, self._attached or None, **self._sampling))
+
+    def _branch(self, rest: str) -> None:
+        at = _number("/branch takes the number of a turn", rest) if rest else None
+        self._sessions.append(self._session.branch(at))
+        self._at = len(self._sessions) - 1
+        say(f"conversation {self._at + 1}, after {len(self._session.turns)} turn(s); /switch goes to another")
+
+    def _switch(self, rest: str) -> None:
+        if rest:
+            number = _number("/switch takes the number of a conversation", rest)
+            if not 1 <= number <= len(self._sessions):
+                raise UsageError(f"there is no conversation {number}: they are 1 to {len(self._sessions)}")
+            self._at = number - 1
+        for number, session in enumerate(self._sessions, 1):
+            here = ", this one" if number == self._at + 1 else ""
+            say(f"conversation {number}: {len(session.turns)} turn(s){here}")
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("/save needs a file name")
+        save_transcript(self._session, Path(os.path.expanduser(rest)))
+        say(f"saved {len(self._session.turns)} turn(s) to {rest}")
+
+    def _stats(self, rest: str) -> None:
+        self._talk = replace(self._talk, stats=not self._talk.stats)
+        say(f"times are {'shown' if self._talk.stats else 'not shown'}")
+
+    def _help(self, rest: str) -> None:
+        print(HELP, file=sys.stderr if self._talk.as_json else sys.stdout)
+
+    _commands: ClassVar[dict[str, Callable[[_Repl, str], None]]] = {
+        "/image": _image,
+        "/drop": _drop,
+        "/images": _images,
+        "/pin": _pin,
+        "/unpin": _unpin,
+        "/forget": _forget,
+        "/reattach": _reattach,
+        "/cost": _cost,
+        "/undo": _undo,
+        "/retry": _retry,
+        "/edit": _edit,
+        "/branch": _branch,
+        "/switch": _switch,
+        "/save": _save,
+        "/stats": _stats,
+        "/help": _help,
+    }
+
+
+def _number(usage: str, text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise UsageError(f"{usage}, not {text!r}")
+    return int(text)
+
+
+def _picture(command: str, text: str) -> str:
+    if not text:
+        raise UsageError(f"{command} needs the name of a picture, such as img2; /images lists them")
+    return text
+
+
+def _picture_or_turn(command: str, text: str) -> str | int:
+    if not text:
+        raise UsageError(f"{command} needs the name of a picture, such as img2, or the number of a turn")
+    return _number("", text) if text.isdecimal() else text
 
 
 def _is_file(text: str) -> bool:
@@ -207,7 +312,12 @@ def _open(opening: Opening) -> Runtime:
 
 
 def _session(runtime: Runtime, talk: Talk) -> Session:
-    return runtime.session(system=talk.system, max_slice_nums=talk.max_slices, reference_pixels=talk.reference_pixels)
+    return runtime.session(
+        system=talk.system,
+        max_slice_nums=talk.max_slices,
+        reference_pixels=talk.reference_pixels,
+        policy=policy(talk.policy),
+    )
 
 
 def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
@@ -230,6 +340,10 @@ def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
             say(f"the answer was cut at {reply.usage.n_new} tokens (--max-new-tokens)")
         elif reply.stop_reason == "cancelled":
             say("stopped")
+        if reply.degraded:
+            say(f"the context is full; {describe_changes(reply.degraded)}")
+        for name in reply.plan.unseen:
+            say(f"the model does not see {name}: /images lists what it does, /reattach brings a picture back")
     if reply.usage.restarts:
         say(f"a worker died and was replaced {reply.usage.restarts} time(s); nothing was lost")
     if talk.stats:
@@ -244,19 +358,25 @@ def _readable(picture: str) -> Path:
     return path
 
 
-def _print_images(images: Sequence[ImageHandle], attached: Sequence[Path], as_json: bool) -> None:
+def _print_images(session: Session, attached: Sequence[Path], as_json: bool) -> None:
+    marks, numbers = session.marks, session.numbers
+    told: list[dict[str, Any]] = []
+    for image in session.images:
+        form = "dropped" if image.turn in marks.dropped else marks.form(image)
+        pinned = image.id in marks.pinned or image.turn in marks.pinned_turns
+        values = {name: getattr(image, name) for name in ("id", "turn", "size", "slices", "rows", "name")}
+        told.append({**values, "form": form, "number": numbers.get(image.id), "pinned": pinned})
     if as_json:
-        known = [
-            {"id": i.id, "turn": i.turn, "size": i.size, "slices": i.slices, "rows": i.rows, "name": i.name}
-            for i in images
-        ]
-        print(json.dumps({"images": known, "attached": [printable(path) for path in attached]}), flush=True)
+        print(json.dumps({"images": told, "attached": [printable(path) for path in attached]}), flush=True)
         return
-    for image in images:
-        size = f"{image.size[0]}x{image.size[1]}"
-        cost = f"{image.slices:>2} slices  {image.rows:>4} rows"
-        print(f"{image.id:6} turn {image.turn:<3} {size:>11}  {cost}  {image.name}")
+    for picture in told:
+        size = "{}x{}".format(*picture["size"])
+        cost = f"{picture['slices']:>2} slices  {picture['rows']:>4} rows"
+        notes = [picture["form"]] if picture["form"] != "whole" else []
+        notes += ["pinned"] if picture["pinned"] else []
+        note = f"  ({', '.join(notes)})" if notes else ""
+        print(f"{picture['id']:6} turn {picture['turn']:<3} {size:>11}  {cost}  {picture['name']}{note}")
     for path in attached:
         print(f"{'next':6} {printable(path)}")
-    if not images and not attached:
+    if not told and not attached:
         print("no pictures yet: /image PATH")

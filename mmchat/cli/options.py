@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmchat.context import Policy
 from mmchat.engine import Sampling
-from mmchat.errors import MmchatError, PromptError
+from mmchat.errors import MmchatError, PromptError, SessionError
 
 debug = False  # set by --debug
 
@@ -38,6 +39,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default:
 ReferencePixels = Annotated[
     bool, typer.Option("--reference-pixels", help="Read pictures exactly as the published processor does.")
 ]
+PolicySteps = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="STEPS",
+        help='What goes where the context is full: some of "overview,line,turns" in any order, or "error". '
+        "[default: all three]",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Print a table of times after each answer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -62,6 +72,15 @@ class Talk:
     reference_pixels: bool
     stats: bool
     as_json: bool
+    policy: str | None = None
+
+
+def policy(steps: str | None) -> Policy:
+    """Raises UsageError."""
+    try:
+        return Policy.of(steps)
+    except SessionError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def sampling(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mmchat.context import Change
+from mmchat.forecast import Plan
 from mmchat.record import Usage
 from mmchat.session import Reply
 
@@ -87,5 +91,52 @@ def describe_usage(usage: Usage) -> str:
     return f"{rows}; {slices}; {usage.total_s:.2f} s{restarts}"
 
 
+def describe_changes(changes: Sequence[Change]) -> str:
+    """ "img1, img2: sent without cells; turns 1, 2: not sent any more"; "" for none."""
+    told = []
+    for form, words in _CHANGES.items():
+        names = [change.what for change in changes if change.form == form]
+        told += [f"{', '.join(names)}: {words}".replace(", turn ", ", ")] if names else []
+    return "; ".join(told)
+
+
+_CHANGES = {
+    "overview": "sent without cells",
+    "described": "now a line of text with what was said of it",
+    "line": "now a line of text",
+    "dropped": "not sent any more",
+}
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Lines."""
+    left = plan.cap - plan.rows - plan.max_new_tokens
+    lines = [
+        f"rows      {plan.rows} + {plan.max_new_tokens} for the answer, of {plan.cap}; {left} left",
+        f"to do     {plan.rows_new} rows to compute, {plan.rows_reused} reused; {plan.slices_new} slices to encode",
+    ]
+    forms = [f"{image.id} {'turn dropped' if image.form == 'dropped' else image.form}" for image in plan.images]
+    if set(forms) - {f"{image.id} whole" for image in plan.images}:
+        lines.append(f"pictures  {', '.join(forms)}")
+    if plan.dropped:
+        lines.append(f"not sent  turns {', '.join(map(str, plan.dropped))}")
+    if plan.degraded:
+        lines.append(f"degraded  {describe_changes(plan.degraded)}")
+    if plan.unseen:
+        lines.append(f"unseen    {', '.join(plan.unseen)}")
+    seconds = plan.seconds
+    if seconds.first_token is not None:
+        token = "" if seconds.token is None else f", then {seconds.token:.3g} s per token"
+        lines.append(f"time      {seconds.first_token:.3g} s to the first token{token} ({'; '.join(seconds.sources)})")
+    else:
+        lines.append("time      not known before something has run")
+    return lines
+
+
 def reply_to_json(reply: Reply) -> dict[str, Any]:
-    return {"text": reply.text, "stop_reason": reply.stop_reason, "usage": reply.usage.to_dict()}
+    return {
+        "text": reply.text,
+        "stop_reason": reply.stop_reason,
+        "usage": reply.usage.to_dict(),
+        "degraded": [asdict(change) for change in reply.degraded],
+    }
