@@ -177,7 +177,7 @@ def _chat(chat: dict[str, Any]) -> Table:
     note = (
         f'"{chat["script"]}" on the model that was opened, {chat["turns"]} turns, {chat["slices"]} slices, '
         f"{chat['tokens']} tokens: the whole program and, question by question in turns, engine and encoder alone in "
-        f"one process (the model's own time). Medians of {chat['rounds']}."
+        f"one process (the model's own time). Each question's median of {chat['rounds']}."
     )
     return Table("Chat", note, ("what", "figure"), rows)
 
