@@ -209,12 +209,12 @@ class Outlook:
         rows = row_keys(pieces)
         target = choose_cache(self._asked, rows, self._n_caches)[1]
         others = [held for number, held in enumerate(self._asked) if number != target]
-        self._held = [*others, [*rows[:n_rows], *ids]]
+        self._held = self._asked = [*others, [*rows[:n_rows], *ids]]
 
     def asked(self) -> None:
         """A request is under way: nobody knows what the engine holds until sent() tells."""
         self._asked, self._held = self._held, [[]]
 
     def lost(self) -> None:
-        """The engine that the request was sent to is gone, with all that it held."""
-        self._asked = [[]]
+        """Nobody knows what the engine holds: the one that the request was sent to is gone."""
+        self._held = self._asked = [[]]

@@ -196,7 +196,7 @@ class Store:
 
     def peek(self, key: str) -> bool:
         """Whether an embedding is there, as far as its name tells.  Neither a use nor a check: nothing is written."""
-        return self._path(key).is_file()
+        return self._path(key).is_file() or (self.spare is not None and self.spare.peek(key))
 
     def get(self, key: str) -> NDArray[np.float32] | None:
         """(rows, width) float32, mapped and read-only; None where it is missing, or was damaged and is now removed."""

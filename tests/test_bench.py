@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mmchat
 from mmchat.bench import chat, host, record, work
 from mmchat.bench.board import Work, predicted_s
 from mmchat.bench.conversations import EIGHT, OVERFLOW, STANDARD, Ask, Conversation, Rewind
@@ -18,10 +19,13 @@ from mmchat.bench.pictures import draw
 from mmchat.bench.script import Timed
 from mmchat.engine import Event, Piece, Sampling, Tokens
 from mmchat.model_dir import open_model
+from mmchat.profile import Profile
 from mmchat.prompt import ChatTokenizer
 from mmchat.slicing import plan_slices, slice_image
 from mmchat.store import Store
 from tests.fakes import FakeEngine, FakeVision, never
+from tests.rkllm_standin.__main__ import LIBRARY, write_board_folder
+from tests.rkllm_standin.build import library
 from tests.test_cli import run_here
 
 SPEC = open_model("demo")
@@ -147,6 +151,25 @@ def test_the_rules_of_the_strategies() -> None:
     assert work._by_the_rules(requests, "prefix") == [3, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("family", "strategy"), [("1.2.1-1.2.3", "resend"), ("1.2.1-1.2.3", "append"), ("1.3.0", "prefix")]
+)
+def test_the_rules_are_those_of_the_rkllm_engine(
+    family: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in library, which keeps to them; a conversation with rewinds and pictures."""
+    library(family)  # skips where there is no compiler
+    folder = write_board_folder(tmp_path / "board", family)
+    monkeypatch.setenv("RKLLM_STANDIN_KV", {"resend": "append"}.get(strategy, strategy))
+    Profile.open(open_model(folder), folder / LIBRARY).update(strategy=strategy, rewinds=True)
+    conversation = Conversation("short", STANDARD[2].steps[:9])
+    with mmchat.open(folder, store=tmp_path / "store", n_threads=1) as runtime:
+        counted = work.count(conversation, runtime)
+        (figures,) = work.describe(counted, runtime)
+    assert (figures["engine"], figures["strategy"]) == ("rkllm", strategy)
+    assert [request.n_prefilled for request in counted.requests] == work._by_the_rules(counted.requests, strategy)
+
+
 def test_predictions_are_counts_times_published_figures() -> None:
     """RK3588 w8a8 of the vendor's benchmark: 3.27 s per slice, 826 ms for 64 rows, 4.18 tokens per second."""
     assert predicted_s(Work(n_slices=2)) == pytest.approx(6.54)
@@ -172,6 +195,7 @@ def test_the_figures_of_a_conversation() -> None:
 def test_bench_work_on_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real pipeline: every slice once, every row once."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "KEEPS", (1.0, 0.5))
     code, out, err = run_here("bench", "work", "--json", "--save")
     assert code == 0, err
     told = json.loads(out)

@@ -322,6 +322,18 @@ def test_a_full_context_is_trimmed_and_answers_as_one_that_never_held_more(tmp_p
         assert again.usage.n_reused == 0
 
 
+def test_sessions_that_take_turns_compute_only_what_is_new(rt: mmchat.Runtime) -> None:
+    """And know so beforehand."""
+    chats = {colour: rt.session() for colour in ("red", "blue", "green")}
+    for colour, chat in chats.items():
+        assert chat.ask(CIRCLE, images=[picture("circle", colour, "white")]).text
+    for chat in chats.values():
+        n_known = chat.turns[-1].usage.n_prompt + chat.turns[-1].usage.n_new
+        plan = chat.plan(BACKGROUND)
+        usage = chat.ask(BACKGROUND).usage
+        assert usage.n_prefilled == usage.n_prompt - n_known == plan.rows_new
+
+
 def test_a_second_session_of_the_same_thread_is_told_that_the_engine_is_busy(rt: mmchat.Runtime) -> None:
     one, other = rt.session(), rt.session()
     texts = iter(one.ask(DESCRIBE, images=[picture("circle", "red", "blue")]))

@@ -83,6 +83,24 @@ def test_what_an_engine_should_still_have(strategy: str, rewinds: bool, reused: 
     assert outlook.reused(LONGER) == 0
 
 
+def test_an_engine_with_several_caches_keeps_several_conversations() -> None:
+    """The one that was used last makes no difference; a third displaces the one that was not used for longest."""
+    one, two, three = ([Tokens(tuple(range(n, n + 20)))] for n in (100, 200, 300))
+    outlook = Outlook(n_caches=2)
+    for pieces in (one, two):
+        outlook.asked()
+        assert outlook.reused(one) == 0  # until it has told
+        outlook.sent(pieces, 20, ())
+    assert (outlook.reused(one), outlook.reused(two), outlook.reused(three)) == (19, 19, 0)
+    outlook.asked()
+    outlook.sent(three, 20, ())
+    assert (outlook.reused(one), outlook.reused(two), outlook.reused(three)) == (0, 19, 19)
+    outlook.asked()
+    outlook.lost()  # the worker died meanwhile, and another has answered
+    outlook.sent(two, 20, ())
+    assert (outlook.reused(two), outlook.reused(three)) == (19, 0)
+
+
 def test_the_longest_safe_prompt_is_no_bound_where_prompts_are_sent_in_parts() -> None:
     assert Outlook(lambda: "resend", longest=lambda: 700).longest == 700
     assert Outlook(lambda: "append", longest=lambda: 700).longest is None

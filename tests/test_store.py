@@ -605,6 +605,7 @@ def test_a_spare_folder_is_made_when_it_is_needed(spared: Store, monkeypatch: py
     problem = spared.put(key(2), rows(fill=2))
     assert problem == f"{spared.root}: embedding not kept (No space left on device)"
     assert (spared.info().n_files, spared.spare.info().n_files) == (1, 1)
+    assert [spared.peek(key(n)) for n in range(4)] == [False, True, True, False]
     assert list(spared.root.glob("tmp/*")) == []
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmchat
 from mmchat.bench import bare
@@ -28,7 +28,7 @@ _SILENCE_S = 600.0
 
 def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict[str, Any]:
     """Raises what opening the model and asking raise."""
-    taken: list[dict[str, float]] = []
+    taken: list[list[_Turn]] = []
     with tempfile.TemporaryDirectory() as folder, mmchat.open(model, store=Path(folder) / "ours") as runtime:
         config = {"folder": str(runtime.spec.folder), "store": str(Path(folder) / "bare"), "n_threads": None}
         alone = Worker(bare.__name__, config, name="bare")
@@ -36,34 +36,52 @@ def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict
             for number in range(rounds + 1):  # the first warms up
                 say(f"chat: round {number} of {rounds}")
                 runtime.store.clear()
-                system, timed = f"Chat {number}.", Timed(runtime.llm)
+                system = f"Chat {number}."
+                timed = Timed(runtime.llm)
                 session = Session(runtime.spec, runtime.tokenizer, runtime.store, runtime.vision, timed, system=system)
-                wall_s, sums = 0.0, dict.fromkeys(("model_s", "generate_s", "n_tokens"), 0.0)
-                for turn in range(N_TURNS):
-                    wall_s += say_to(session, turn)
-                    (other,) = alone.call({"system": system, "turn": turn}, silence_s=_SILENCE_S)
-                    sums = {name: sums[name] + other[name] for name in sums}
-                taken.append({"wall_s": wall_s, "waited_s": timed.waited_s, "tokens": timed.n_tokens, **sums})
+                taken.append([_ask(session, timed, alone, turn) for turn in range(N_TURNS)])
         finally:
             alone.close()
         turns = session.turns
-    measured = taken[1:]
-
-    def median(figure: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(figure(one) for one in measured)
-
+    wall_s, model_s, waited_s, generate_s = (_medians(taken[1:], place) for place in range(len(_Turn._fields)))
+    n_tokens = sum(turn.usage.n_new for turn in turns)
     return {
         "chat": {
             "script": EIGHT.name,
             "turns": len(turns),
-            "tokens": sum(turn.usage.n_new for turn in turns),
+            "tokens": n_tokens,
             "slices": sum(turn.usage.slices_encoded for turn in turns),
-            "rounds": len(measured),
-            "wall_s": median(lambda one: one["wall_s"]),
-            "model_s": median(lambda one: one["model_s"]),
-            "overhead_share": median(lambda one: one["wall_s"] / one["model_s"]) - 1,
-            "model_ms_per_token": 1000 * median(lambda one: one["generate_s"] / one["n_tokens"]),
-            "overhead_ms_per_token": 1000
-            * median(lambda one: one["waited_s"] / one["tokens"] - one["generate_s"] / one["n_tokens"]),
+            "rounds": rounds,
+            "wall_s": sum(wall_s),
+            "model_s": sum(model_s),
+            "overhead_share": sum(wall_s) / sum(model_s) - 1,
+            "model_ms_per_token": 1000 * statistics.median(generate_s),
+            "overhead_ms_per_token": 1000 * (statistics.median(waited_s) - statistics.median(generate_s)),
         }
     }
+
+
+class _Turn(NamedTuple):
+    """Seconds of the whole program and of the model alone; and of these, per token after an answer's first."""
+
+    wall_s: float
+    model_s: float
+    waited_s: float
+    generate_s: float
+
+
+def _ask(session: Session, timed: Timed, alone: Worker, turn: int) -> _Turn:
+    waited_s, n_tokens = timed.waited_s, timed.n_tokens
+    wall_s = say_to(session, turn)
+    (bare_turn,) = alone.call({"system": session.system, "turn": turn}, silence_s=_SILENCE_S)
+    return _Turn(
+        wall_s,
+        bare_turn["model_s"],
+        (timed.waited_s - waited_s) / max(1, timed.n_tokens - n_tokens),
+        bare_turn["generate_s"] / max(1, bare_turn["n_tokens"]),
+    )
+
+
+def _medians(rounds: Sequence[Sequence[_Turn]], place: int) -> list[float]:
+    """Of one of the figures, each turn's median over the rounds."""
+    return [statistics.median(one[turn][place] for one in rounds) for turn in range(N_TURNS)]

@@ -125,10 +125,10 @@ def _work(conversations: list[dict[str, Any]]) -> Table:
 
 
 def _curve(curve: list[dict[str, Any]]) -> Table:
+    remarks = {1.0: " (the minimum is trimmed)", Policy().keep: " (the default)"}
     rows = [
         (
-            f"{one['keep']:g}"
-            + {1.0: " (the minimum is trimmed)", Policy().keep: " (the default)"}.get(one["keep"], ""),
+            f"{one['keep']:g}{remarks.get(one['keep'], '')}",
             "-" if one["kept_least"] is None else f"{one['kept_least']:.2f}",
             str(one["trims"]),
             f"{one['rows_prefilled']} / {one['rows_new']}",
@@ -137,8 +137,8 @@ def _curve(curve: list[dict[str, Any]]) -> Table:
         for one in curve
     ]
     note = (
-        f'"{OVERFLOW.name}", {OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over '
-        "the share of the cap that a trim is asked to leave (`Policy.keep`), and the least that one left."
+        f'"{OVERFLOW.name}", {OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over the '
+        "share of the cap that a trim is asked to leave (`Policy.keep`), and the least that one left."
     )
     return Table("Overflow", note, ("keep", "least left", "trims", "rows", "ratio"), rows)
 
@@ -177,7 +177,7 @@ def _chat(chat: dict[str, Any]) -> Table:
     note = (
         f'"{chat["script"]}" on the model that was opened, {chat["turns"]} turns, {chat["slices"]} slices, '
         f"{chat['tokens']} tokens: the whole program and, question by question in turns, engine and encoder alone in "
-        f"one process (the model's own time). Medians of {chat['rounds']}."
+        f"one process (the model's own time). Each question's median of {chat['rounds']}."
     )
     return Table("Chat", note, ("what", "figure"), rows)
 

@@ -114,9 +114,9 @@ def count(conversation: Conversation, runtime: Runtime) -> Counted:
         rows = tuple(listener.rows)
         # A token that ended the answer by its number was generated, but never fed to the model.
         computed = done.ids[:-1] if done.reason == "length" else done.ids
-        left = [other.left for other in talks.values()]
-        if common_prefix(before := talk.before[-1] if talk.before else (), rows) == len(before):
-            new = len(rows) - min(max(common_prefix(one, rows) for one in left), len(rows) - 1)
+        if _begins_with(rows, talk.before[-1] if talk.before else ()):
+            known_rows = max(common_prefix(other.left, rows) for other in talks.values())
+            new = len(rows) - min(known_rows, len(rows) - 1)
         else:
             new = _rows_of_question([*handles, step.text], runtime)
         alone = _alone(step, [known[seed] for seed in step.about or step.new], usage.n_new, runtime)
@@ -137,6 +137,10 @@ class _Talk:
     session: Session
     before: list[tuple[RowKey, ...]] = field(default_factory=list)
     left: tuple[RowKey, ...] = ()
+
+
+def _begins_with(rows: Sequence[RowKey], before: Sequence[RowKey]) -> bool:
+    return common_prefix(rows, before) == len(before)
 
 
 def _rows_of_question(parts: Sequence[ImageHandle | str], runtime: Runtime) -> int:
