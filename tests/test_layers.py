@@ -85,10 +85,10 @@ def test_importing_mmchat_imports_nothing_heavy() -> None:
     assert not loaded_by("import mmchat; mmchat.MmchatError, mmchat.ContextFull, dir(mmchat)") & HEAVY
 
 
-@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "cli", "doctor"])
+@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "video", "cli", "doctor"])
 def test_the_parent_imports_no_engine(module: str) -> None:
     """The engine lives in the workers; what picks and talks to them does not load it."""
-    assert not loaded_by(f"import mmchat.{module}") & {"openvino", "torch", "rknnlite"}
+    assert not loaded_by(f"import mmchat.{module}") & {"openvino", "torch", "rknnlite", "av"}
 
 
 @pytest.mark.parametrize("module", ["child", "worker", "frames", "errors"])
