@@ -100,6 +100,11 @@ def test_opening_the_runtimes_names_imports_no_engine() -> None:
     assert not loaded_by("import mmchat; mmchat.open, mmchat.Session, mmchat.Runtime") & {"openvino", "torch"}
 
 
+def test_video_is_loaded_when_it_is_used() -> None:
+    assert "mmchat.video" not in loaded_by("import mmchat")
+    assert "mmchat.video" in loaded_by("import mmchat; mmchat.video.captions")
+
+
 def test_pictures_are_read_with_the_plug_ins_they_need(tmp_path: Path) -> None:
     """Not with all of Pillow's: each costs time, and EPS runs another program."""
     Image.new("RGB", (2, 2)).save(tmp_path / "dot.png")

@@ -336,6 +336,26 @@ def test_the_next_frame_is_encoded_while_one_is_answered(fake: FakeRuntime) -> N
     assert [caption.usage.slices_cached for caption in got] == [0] * 6
 
 
+def test_what_is_encoded_ahead_is_counted_once(fake: FakeRuntime) -> None:
+    wide = colour("red", (300, 200))
+    reply = fake.session(max_slice_nums=2).ask("What is it?", wide, **ASK)
+    reply.encode_ahead()
+    n = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached
+    assert (n, len(fake.vision.encoded)) == (3, len(set(fake.vision.encoded)))
+    assert (reply.usage.slices_encoded, reply.usage.slices_cached) == (
+        len(fake.vision.encoded),
+        n - len(fake.vision.encoded),
+    )
+    reply.encode_ahead()  # it has run: nothing happens
+    again = fake.session(max_slice_nums=2).ask("What is it?", wide, **ASK)
+    again.encode_ahead()
+    assert (again.usage.slices_encoded, again.usage.slices_cached) == (0, 3)
+    lost = fake.session(max_slice_nums=2).ask("What is it?", colour("blue"), **ASK)
+    lost.encode_ahead()
+    fake.store.clear()
+    assert (lost.usage.slices_encoded, lost.usage.slices_cached) == (2, 0)  # it was made twice
+
+
 def test_where_the_npu_is_shared_nothing_is_encoded_ahead(fake: FakeRuntime) -> None:
     fake.parallel = False
     callers = set()
