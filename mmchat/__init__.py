@@ -102,6 +102,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "video":
+        return importlib.import_module("mmchat.video")
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(f"mmchat.{module}"), name)

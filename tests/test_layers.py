@@ -102,10 +102,10 @@ def test_importing_mmchat_imports_nothing_heavy() -> None:
     assert not loaded_by("import mmchat; mmchat.MmchatError, mmchat.ContextFull, dir(mmchat)") & HEAVY
 
 
-@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "cli", "doctor"])
+@pytest.mark.parametrize("module", ["session", "runtime", "llm_proc", "vision_proc", "video", "cli", "doctor"])
 def test_the_parent_imports_no_engine(module: str) -> None:
     """The engine lives in the workers; what picks and talks to them does not load it."""
-    assert not loaded_by(f"import mmchat.{module}") & {"openvino", "torch", "rknnlite"}
+    assert not loaded_by(f"import mmchat.{module}") & {"openvino", "torch", "rknnlite", "av"}
 
 
 @pytest.mark.parametrize("module", ["child", "worker", "frames", "errors"])
@@ -115,6 +115,11 @@ def test_what_every_worker_runs_is_light(module: str) -> None:
 
 def test_opening_the_runtimes_names_imports_no_engine() -> None:
     assert not loaded_by("import mmchat; mmchat.open, mmchat.Session, mmchat.Runtime") & {"openvino", "torch"}
+
+
+def test_video_is_loaded_when_it_is_used() -> None:
+    assert "mmchat.video" not in loaded_by("import mmchat")
+    assert "mmchat.video" in loaded_by("import mmchat; mmchat.video.captions")
 
 
 def test_pictures_are_read_with_the_plug_ins_they_need(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
+import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ import webvtt
 
 from mmchat.video import Caption
 from tests.test_cli import MMCHAT, mmchat_command, refused, run_here
+from tests.test_video_live import Camera
 from tests.video_kit import COLOURS, FakeRuntime, colour, distinct, make_video, many
 from tools.make_test_video import at, scenes, write
 
@@ -302,3 +308,56 @@ def test_ctrl_c_ends_it_in_order(tmp_path: Path, video: Path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (130, b"", b"mmchat: interrupted\n")
     assert len(list(srt.parse((tmp_path / "a.srt").read_text()))) == len(captions_in(out))
+
+
+# At a terminal
+
+
+def at_terminal(store: Path, *words: str | Path) -> tuple[int, str]:
+    """Exit code, and what a person sees on stderr, cursor movements included."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    command = [sys.executable, "-m", "tests.caption_child", str(store), "caption", *map(str, words)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while data := os.read(ours, 65536):
+            seen += data
+    os.close(ours)
+    return process.wait(60), seen.decode()
+
+
+def test_a_file_has_a_bar_and_the_time_that_is_left(tmp_path: Path, video: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(20):
+        colour(COLOURS[i % 6]).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "pictures" / "7.png").write_bytes(b"rubbish")
+    code, seen = at_terminal(tmp_path / "store", tmp_path / "pictures", "-o", tmp_path / "a.srt")
+    assert code == 0
+    assert re.search(r"19 captions.*100%.*0:00:00.*left", seen)
+    assert "mmchat: frame 7 (00:00:07.000) skipped" in seen
+    assert "Traceback" not in seen
+
+
+def test_a_stream_has_a_line_of_counts(tmp_path: Path) -> None:
+    pictures = [distinct(i, (96, 64)) for i in range(75)]
+    camera = Camera(make_video(tmp_path / "a.ts", pictures, g="10"), ["send"])
+    try:
+        code, seen = at_terminal(
+            tmp_path / "store",
+            camera.address,
+            "--every",
+            "0",
+            "--max-frames",
+            "5",
+            "--when",
+            "yes",
+            "-o",
+            tmp_path / "a.srt",
+        )
+    finally:
+        camera.close()
+    assert code == 0
+    assert re.search(r"5 captions(, \d kept)?, \d+ frames passed over, \d+\.\d s for the last", seen)

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,6 +338,26 @@ def test_the_next_frame_is_encoded_while_one_is_answered(fake: FakeRuntime) -> N
     assert [caption.usage.slices_cached for caption in got] == [0] * 6
 
 
+def test_what_is_encoded_ahead_is_counted_once(fake: FakeRuntime) -> None:
+    wide = colour("red", (300, 200))
+    reply = fake.session(max_slice_nums=2).ask("What is it?", wide, **ASK)
+    reply.encode_ahead()
+    n = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached
+    assert (n, len(fake.vision.encoded)) == (3, len(set(fake.vision.encoded)))
+    assert (reply.usage.slices_encoded, reply.usage.slices_cached) == (
+        len(fake.vision.encoded),
+        n - len(fake.vision.encoded),
+    )
+    reply.encode_ahead()  # it has run: nothing happens
+    again = fake.session(max_slice_nums=2).ask("What is it?", wide, **ASK)
+    again.encode_ahead()
+    assert (again.usage.slices_encoded, again.usage.slices_cached) == (0, 3)
+    lost = fake.session(max_slice_nums=2).ask("What is it?", colour("blue"), **ASK)
+    lost.encode_ahead()
+    fake.store.clear()
+    assert (lost.usage.slices_encoded, lost.usage.slices_cached) == (2, 0)  # it was made twice
+
+
 def test_where_the_npu_is_shared_nothing_is_encoded_ahead(fake: FakeRuntime) -> None:
     fake.parallel = False
     callers = set()
@@ -498,7 +519,13 @@ def test_nothing_is_kept_of_a_frame(fake: FakeRuntime, monkeypatch: pytest.Monke
 def test_100_000_frames_leave_memory_and_store_as_they_were(tmp_path: Path) -> None:
     cap = 20 << 20
     fake = FakeRuntime(tmp_path / "store", cap_bytes=cap)
-    running = captions(fake.rt, Arrays(map(distinct, itertools.count()), live=True), every=0, max_new_tokens=1)
+
+    def camera() -> Iterator[Any]:
+        for number in itertools.count():
+            time.sleep(0.001)
+            yield distinct(number)
+
+    running = captions(fake.rt, Arrays(camera(), live=True), every=0, max_new_tokens=1)
     sizes: list[int] = []
     reached, n_made = -1, 0
     for caption in running:
@@ -513,7 +540,9 @@ def test_100_000_frames_leave_memory_and_store_as_they_were(tmp_path: Path) -> N
             break
     running.close()
     slope = np.polyfit(np.arange(20, 100) * 1000, sizes[20:], 1)[0]
-    print(f"memory: {slope:.2f} bytes per frame, {sizes[0] / 1e6:.1f} to {sizes[-1] / 1e6:.1f} MB; dropped {reached}")
+    print(
+        f"memory: {slope:.2f} bytes per frame, {sizes[0] / 1e6:.1f} to {sizes[-1] / 1e6:.1f} MB; {reached + 1} frames"
+    )
     assert slope < 20
 
 

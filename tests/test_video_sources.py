@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -102,6 +103,16 @@ def test_what_is_no_source_says_so(source: Any, told: str, tmp_path: Path, monke
     with pytest.raises(VideoError, match=told) as raised:
         open_source(source)
     assert "\n" not in str(raised.value)
+
+
+def test_without_av_pictures_go_and_videos_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "a.mkv", [colour("red")] * 3)
+    colour("red").save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(frames_of(open_source(tmp_path))[0]) == 1
+    for source in (str(tmp_path / "a.mkv"), "/dev/video0", "rtsp://127.0.0.1/"):
+        with pytest.raises(VideoError, match=r"pip install 'mmchat\[video\]'"):
+            open_source(source)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ ratios hold on a busy machine.  Every round begins with an empty store.  Results
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -43,10 +44,21 @@ def resident_mb(rt: Runtime) -> float:
     return sum(pages) * 4096 / 1e6
 
 
+def processor_s(rt: Runtime) -> float:
+    """Seconds of processor that this process and its workers have used: what a busy machine does not stretch."""
+    used = time.process_time()
+    for worker in (rt.llm.worker, rt.vision.worker):
+        if worker.pid:
+            fields = Path(f"/proc/{worker.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
 def whole(rt: Runtime, video: Path) -> None:
     """The first part: all of the video."""
     truth = read(video)
     took: list[float] = []
+    used: list[float] = []
     memory: list[float] = []
     made: list[Caption] = []
     right: dict[float, bool] = {}
@@ -55,6 +67,7 @@ def whole(rt: Runtime, video: Path) -> None:
         now = time.perf_counter()
         took.append(now - before)
         before = now
+        used.append(processor_s(rt))
         made.append(caption)
         memory.append(resident_mb(rt))
         held = at(truth, caption.time)
@@ -67,7 +80,12 @@ def whole(rt: Runtime, video: Path) -> None:
     print(f"right                  {sum(right.values())} of {len(right)} distinct scenes")
     for name, of in (("median", statistics.median), ("mean", statistics.mean)):
         a, b = of(first), of(last)
-        print(f"{name} ms per frame    first tenth {1000 * a:.1f}, last tenth {1000 * b:.1f}, ratio {b / a:.3f}")
+        print(f"{name:6} ms per frame   first tenth {1000 * a:.1f}, last tenth {1000 * b:.1f}, ratio {b / a:.3f}")
+    early, late = used[tenth] - used[0], used[-1] - used[-1 - tenth]
+    parts = [made[1 : tenth + 1], made[-tenth:]]
+    encodes = [sum(caption.usage.slices_encoded for caption in part) for part in parts]
+    print(f"processor ms per frame first tenth {1000 * early / tenth:.1f}, last tenth {1000 * late / tenth:.1f}, "
+          f"ratio {late / early:.3f} (encodes: {encodes[0]}, {encodes[1]})")  # fmt: skip
     print(f"memory MB              first tenth {memory[tenth]:.1f}, last {memory[-1]:.1f}, peak {max(memory):.1f}")
 
 
