@@ -9,9 +9,10 @@ Two kinds of *.rknn are driven (vision.mode in mmchat.json):
 
 Both give (1, query_num, output_size), floats.
 
-Lite2 raises nothing on purpose: it returns -1 or None and writes why to stdout.  It takes an array of another layout
-without a word, changes the list of layouts it is given, and leaves its buffers to the garbage collector; all of that
-was seen with its release 2.5.0 (on an emulated CPU, without an NPU).  This module is for the worker alone.
+Lite2 raises nothing on purpose: it returns -1 or None and writes why to stderr.  It takes an array of another layout
+without a word, changes the list of layouts it is given, leaves cycles of objects to the garbage collector, and does
+not notice that a run failed: then it gives the outputs of the run before.  All of that was seen with its release 2.5.0
+(emulated, over a fake librknnrt).  This module is for the worker alone.
 """
 
 from __future__ import annotations
@@ -105,6 +106,24 @@ class _Lite2:
                 f"init_runtime returned {code} for {board.vision_path.name}: no NPU for this user, a librknnrt.so that "
                 f"is missing or older than the model, a model for another chip, or no memory; {self._why}"
             )
+
+        self._check_runs()
+
+    def _check_runs(self) -> None:
+        """Let inference() see what rknn_run returned, which it does not look at."""
+        runtime = getattr(self._lite2, "rknn_runtime", None)
+        run = getattr(runtime, "run", None)
+        if runtime is None or run is None:
+            print("this rknn-toolkit-lite2 has no rknn_runtime.run: a failed run cannot be told", flush=True)
+            return
+
+        def checked(*arguments: Any) -> Any:
+            code = run(*arguments)
+            if isinstance(code, int) and code != 0:
+                raise EngineError(f"rknn_run returned {code}")  # inference() catches it, writes it, and returns None
+            return code
+
+        runtime.run = checked
 
     def infer(self, inputs: list[NDArray[np.float32]]) -> list[Any]:
         layouts = ["nhwc"] * len(inputs)  # read for arrays of four dimensions alone; a new list, for it is changed

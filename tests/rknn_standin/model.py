@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmchat import vision_inputs
 from mmchat.checkpoint import Checkpoint, write_tensors
@@ -52,10 +53,20 @@ def write_encoder(spec: ModelSpec, path: Path, mode: str, *, n_patches: int) -> 
         "tensors": places,
     }
     outputs = {"embeddings": [1, vision.query_num, width]}
-    text = json.dumps({**described(inputs, outputs), "mmchat_standin": standin}).encode()
+    _write(path, described(inputs, outputs), standin, list(tensors.values()))
+
+
+def write_echo(path: Path) -> None:
+    """A model whose outputs tell what arrived at its inputs; tests/emulated/librknnrt.c says how."""
+    told = described({"picture": [1, 3, 4, 6], "rows": [1, 5, 2]}, {"echo": [1, 2, 8]})
+    _write(path, told, {"mode": "echo", "tensors": {}}, [])
+
+
+def _write(path: Path, told: dict[str, Any], standin: dict[str, Any], tensors: list[NDArray[np.float32]]) -> None:
+    text = json.dumps({**told, "mmchat_standin": standin}).encode()
     with path.open("wb") as file:
-        file.write(struct.pack("<8sQQ40x", b"RKNN", 6, at))
-        for array in tensors.values():
+        file.write(struct.pack("<8sQQ40x", b"RKNN", 6, sum(array.nbytes for array in tensors)))
+        for array in tensors:
             file.write(np.ascontiguousarray(array, np.float32).data)
         file.write(struct.pack("<Q", len(text)) + text)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-_own_counts = {"init": 0, "inference": 0}
+_own_counts = {"init": 0, "set": 0, "inference": 0}
 
 
 def knob(name: str) -> str:
@@ -31,7 +32,7 @@ def count(what: str) -> int:
     with open(path, "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        counts = {"init": 0, "inference": 0, **json.loads(file.read() or "{}")}
+        counts = {**dict.fromkeys(_own_counts, 0), **json.loads(file.read() or "{}")}
         counts[what] += 1
         file.truncate(0)
         file.write(json.dumps(counts))
@@ -45,22 +46,24 @@ def trace(**what: Any) -> None:
             file.write(json.dumps(what) + "\n")
 
 
-def on_the_npu(work: Callable[[], Any]) -> Any:
-    """Raises RuntimeError where another process computes on it meanwhile (RKNN_STANDIN_NPU names a lock file)."""
+def on_the_npu(work: Callable[[], object]) -> bool:
+    """Do the work; False where another process computes on it meanwhile (RKNN_STANDIN_NPU names a lock file)."""
     path = knob("NPU")
     if not path:
-        return work()
+        work()
+        return True
     with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError("failed to submit!, op id: 1, op name: OutputOperator") from None
-        return work()
+            return False
+        work()
+        return True
 
 
 def log(level: str, text: str) -> None:
-    """Rockchip's package and library write to stdout."""
-    print(f"{level} {text}", flush=True)
+    """Rockchip's package writes errors to stderr; its library and the rest, to stdout."""
+    print(f"{level} {text}", flush=True, file=sys.stderr if level == "E" else sys.stdout)
 
 
 def wait() -> None:

@@ -1,7 +1,8 @@
 """RKNNLite with the signatures, codes and habits of rknn-toolkit-lite2 2.5.0: nothing is raised on purpose.
 
 What its caller must not rely on is here: a file of any kind "loads", a list of layouts is changed in place, an array
-in another layout is taken as it lies in memory, every call leaves a cycle of objects that holds its buffers.
+in another layout is taken as it lies in memory, a failed run gives the outputs of the run before, every call leaves a
+cycle of objects that holds its buffers.
 """
 
 from __future__ import annotations
@@ -84,10 +85,16 @@ class RKNNLite:
             log("E", traceback.format_exc())
             return None
         try:
-            outputs: list[Any] = self.rknn_runtime.run()
-            return outputs
+            self.rknn_runtime.run(get_frame_id)  # what it returns is not looked at
         except Exception:
             log("E", "Catch exception when running RKNN model.")
+            log("E", traceback.format_exc())
+            return None
+        try:
+            outputs: list[Any] = self.rknn_runtime.get_outputs(get_frame_id)
+            return outputs
+        except Exception:
+            log("E", "Catch exception when getting outputs.")
             log("E", traceback.format_exc())
             return None
 
