@@ -48,6 +48,7 @@ _MOST_PARTS, _MOST_KEYS, _MOST_SLICES, _LARGEST_SIDE = 4096, 1001, 1000, 1_000_0
 _LARGEST = 2**31 - 1
 
 _ID = re.compile(r"img[1-9][0-9]{0,8}")
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_OR_NONE = re.compile(r"([0-9a-f]{64})?")
 # Below this much a file is not worth writing anew, however much of it is waste.
@@ -529,8 +530,12 @@ def _image(values: _Fields) -> SavedImage:
 
 def plain_name(name: str) -> str:
     """A file's name without folders, and without what a terminal or a file system could take for more than a name."""
-    last = re.split(r"[/\\]", name)[-1]
-    return "".join(char if char.isprintable() else "?" for char in last)[:255]
+    return _COMMANDS.sub("?", re.split(r"[/\\]", name)[-1].replace("\n", "?").replace("\t", "?"))[:255]
+
+
+def visible(text: str) -> str:
+    """Text that commands no terminal and turns no line around: of control characters, only ends of lines and tabs."""
+    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _settings(values: _Fields) -> SavedSettings:
