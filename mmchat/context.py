@@ -87,7 +87,7 @@ class Policy:
         if value is None:
             return cls()
         names = value.split(",") if isinstance(value, str) else list(value)
-        steps: tuple[Step, ...] = () if names == ["error"] else tuple(name.strip() for name in names)  # type: ignore[misc]
+        steps: tuple[Step, ...] = () if names == ["error"] else tuple(str(name).strip() for name in names)  # type: ignore[misc]
         return cls(steps)
 
     def __str__(self) -> str:

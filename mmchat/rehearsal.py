@@ -18,6 +18,7 @@ from mmchat.record import ImageHandle, Marks, Turn, Usage
 from mmchat.slicing import SlicePlan
 
 _WORD = "."  # a text of one row
+_HEADER = ["assistant"] * 3
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def run(
         except ContextFull:
             return Rehearsal(tuple(sent), True)
         marks = fitted.marks
-        rows = [row for message in conversation.messages(marks) for row in counter.lay_out(message)] + [_WORD] * 3
+        rows = [row for message in conversation.messages(marks) for row in counter.lay_out(message)] + _HEADER
         same = min(
             next((i for i, (a, b) in enumerate(zip(held, rows, strict=False)) if a != b), len(held)), len(rows) - 1
         )
@@ -114,7 +115,7 @@ def _picture(number: int, turn: int, slices: int, query_num: int) -> ImageHandle
 class _Counter:
     """A mmchat.context.Counter that takes words and signs for rows, and lays them out."""
 
-    header = 3
+    header = len(_HEADER)
 
     def __init__(self, query_num: int) -> None:
         self._query_num = query_num
@@ -123,7 +124,7 @@ class _Counter:
         return len(self.lay_out(message))
 
     def lay_out(self, message: Message) -> list[Any]:
-        rows: list[Any] = [message.role] * 3
+        rows: list[Any] = [message.role] * len(_HEADER)
         rows += message.ids or ()
         for part in message.parts:
             if isinstance(part, Text):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mmchat.errors import EngineBusy, ModelDirError
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.profile import Profile
 from mmchat.worker import Exclusive, Worker
+from tests.fakes import eventually
 from tests.rkllm_standin.__main__ import LIBRARY, LLM, write_board_folder
 from tests.rkllm_standin.build import library
 
@@ -87,6 +89,33 @@ def test_one_thread_is_told_and_another_waits() -> None:
     assert order == ["first", "other"]
     with lock.held():
         pass
+
+
+def test_threads_get_their_turns_in_the_order_in_which_they_came() -> None:
+    """Who asks again at once goes behind those who wait, and who has given up is not waited for."""
+    lock, order, waiting = Exclusive("busy"), list[str](), list[str]()
+
+    def take(name: str, is_patient: bool) -> None:
+        def should_stop() -> bool:
+            if name not in waiting:
+                waiting.append(name)
+            return not is_patient
+
+        with lock.held(should_stop) as is_mine:
+            order.append(name if is_mine else f"not {name}")
+
+    threads = []
+    with lock.held():
+        for name, is_patient in (("a", True), ("b", False), ("c", True)):
+            threads.append(threading.Thread(target=take, args=(name, is_patient)))
+            threads[-1].start()
+            eventually(partial(waiting.__contains__, name))
+        threads[1].join(20)
+    with lock.held():
+        order.append("again")
+    for thread in threads:
+        thread.join(20)
+    assert order == ["not b", "a", "c", "again"]
 
 
 def test_the_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
