@@ -74,7 +74,7 @@ class SavedSettings:
     """What Runtime.session was given; None is the model's own.
 
     policy: a mmchat.Policy's values, for the session to check; empty where it is not known.
-    sampling: values given over the model's own.
+    sampling: values given over the model's own.  pictures, embeddings: how they are kept in the file, for who goes on.
     """
 
     system: str | None = None
@@ -83,6 +83,8 @@ class SavedSettings:
     reference_pixels: bool = False
     policy: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    pictures: str = "original"
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,15 @@ class Bundle:
             raise BundleError(f"{self.path}: does not hold the picture")
         return self.file.data(self._pictures[name])
 
+    def shape(self, key: str) -> tuple[int, int] | None:
+        """(rows, width) of an embedding, without a look at it; None where there is none."""
+        section = self._rows.get(key)
+        return None if section is None else (section.values["rows"], section.values["width"])
+
     def rows(self, key: str) -> NDArray[np.float32] | None:
         """An embedding (rows, width), read-only; None where there is none.  Raises BundleError: changed, damaged."""
-        section = self._rows.get(key)
-        if section is None:
-            return None
-        shape = section.values["rows"], section.values["width"]
-        return np.frombuffer(self.file.data(section), "<f4").reshape(shape)
+        shape = self.shape(key)
+        return None if shape is None else np.frombuffer(self.file.data(self._rows[key]), "<f4").reshape(shape)
 
     @property
     def pictures(self) -> dict[str, int]:
@@ -385,7 +389,7 @@ def set_aside(path: Path) -> Path:
     try:
         try:
             os.link(path, aside)
-        except PermissionError:  # no file has two names on an SD card's file system
+        except OSError:  # no file has two names on an SD card's file system
             os.rename(path, aside)
     except OSError as error:
         raise _unwritable(aside, error) from None
@@ -554,6 +558,8 @@ def _settings(values: _Fields) -> SavedSettings:
         values.flag("reference_pixels"),
         values.inner("policy").values,
         sampling,
+        values.text("pictures", re.compile("original|reencoded|jpeg|none")),
+        values.flag("embeddings"),
     )
 
 

@@ -92,6 +92,8 @@ records = st.builds(
         st.booleans(),
         st.sampled_from([{}, {"steps": ("turns",), "keep": 0.5}]),
         samplings,
+        st.sampled_from(["original", "reencoded", "jpeg", "none"]),
+        st.booleans(),
     ),
     st.builds(SavedModel, names, st.just("") | digests, st.just("") | digests, st.integers(0, 9)),
     st.tuples(pictures.map(lambda picture: turn(picture, "and", picture)), turns, turns) | st.just(()),
@@ -385,6 +387,11 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
     assert read.lost[0].isascii()
 
 
+GOOD_SETTINGS = {
+    "reference_pixels": False, "policy": {}, "sampling": {}, "pictures": "original", "embeddings": False,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -392,7 +399,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
         {"settings": {}},
         {"model": []},
         *(
-            {"settings": {"reference_pixels": False, "policy": {}, "sampling": {}, **change}}
+            {"settings": {**GOOD_SETTINGS, **change}}
             for change in (
                 {"system": 1},
                 {"max_slice_nums": 10**9},
@@ -406,6 +413,8 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
                 {"sampling": {"stop": 3}},
                 {"sampling": {"stop": ("",)}},
                 {"sampling": [1]},
+                {"pictures": "gif"},
+                {"embeddings": None},
             )
         ),
         {"model": {"name": "a", "encoder": "zz", "tokenizer": "", "prompt": 1}},
@@ -414,7 +423,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
 )
 def test_settings_that_are_none(tmp_path: Path, change: dict[str, Any]) -> None:
     good = {
-        "settings": {"reference_pixels": False, "policy": {}, "sampling": {}},
+        "settings": GOOD_SETTINGS,
         "model": {"name": "a", "encoder": "", "tokenizer": "", "prompt": 1},
     }
     pieces = pack("SETT", {**good, **change}) + pack("TURN", good_turn())
