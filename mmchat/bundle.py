@@ -48,6 +48,7 @@ _MOST_PARTS, _MOST_KEYS, _MOST_SLICES, _LARGEST_SIDE = 4096, 1001, 1000, 1_000_0
 _LARGEST = 2**31 - 1
 
 _ID = re.compile(r"img[1-9][0-9]{0,8}")
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_OR_NONE = re.compile(r"([0-9a-f]{64})?")
 # Below this much a file is not worth writing anew, however much of it is waste.
@@ -73,7 +74,7 @@ class SavedSettings:
     """What Runtime.session was given; None is the model's own.
 
     policy: a mmchat.Policy's values, for the session to check; empty where it is not known.
-    sampling: values given over the model's own.
+    sampling: values given over the model's own.  pictures, embeddings: how they are kept in the file, for who goes on.
     """
 
     system: str | None = None
@@ -82,6 +83,8 @@ class SavedSettings:
     reference_pixels: bool = False
     policy: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    pictures: str = "original"
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,13 +182,15 @@ class Bundle:
             raise BundleError(f"{self.path}: does not hold the picture")
         return self.file.data(self._pictures[name])
 
+    def shape(self, key: str) -> tuple[int, int] | None:
+        """(rows, width) of an embedding, without a look at it; None where there is none."""
+        section = self._rows.get(key)
+        return None if section is None else (section.values["rows"], section.values["width"])
+
     def rows(self, key: str) -> NDArray[np.float32] | None:
         """An embedding (rows, width), read-only; None where there is none.  Raises BundleError: changed, damaged."""
-        section = self._rows.get(key)
-        if section is None:
-            return None
-        shape = section.values["rows"], section.values["width"]
-        return np.frombuffer(self.file.data(section), "<f4").reshape(shape)
+        shape = self.shape(key)
+        return None if shape is None else np.frombuffer(self.file.data(self._rows[key]), "<f4").reshape(shape)
 
     @property
     def pictures(self) -> dict[str, int]:
@@ -384,7 +389,7 @@ def set_aside(path: Path) -> Path:
     try:
         try:
             os.link(path, aside)
-        except PermissionError:  # no file has two names on an SD card's file system
+        except OSError:  # no file has two names on an SD card's file system
             os.rename(path, aside)
     except OSError as error:
         raise _unwritable(aside, error) from None
@@ -529,8 +534,12 @@ def _image(values: _Fields) -> SavedImage:
 
 def plain_name(name: str) -> str:
     """A file's name without folders, and without what a terminal or a file system could take for more than a name."""
-    last = re.split(r"[/\\]", name)[-1]
-    return "".join(char if char.isprintable() else "?" for char in last)[:255]
+    return _COMMANDS.sub("?", re.split(r"[/\\]", name)[-1].replace("\n", "?").replace("\t", "?"))[:255]
+
+
+def visible(text: str) -> str:
+    """Text that commands no terminal and turns no line around: of control characters, only ends of lines and tabs."""
+    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _settings(values: _Fields) -> SavedSettings:
@@ -549,6 +558,8 @@ def _settings(values: _Fields) -> SavedSettings:
         values.flag("reference_pixels"),
         values.inner("policy").values,
         sampling,
+        values.text("pictures", re.compile("original|reencoded|jpeg|none")),
+        values.flag("embeddings"),
     )
 
 

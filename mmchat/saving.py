@@ -19,13 +19,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmchat import prompt
-from mmchat.bundle import Bundle, SavedImage, SavedModel, SavedSettings, SavedTurn, plain_name
+from mmchat.bundle import Bundle, SavedImage, SavedModel, SavedTurn, plain_name
 from mmchat.context import Policy
 from mmchat.decoding import TextStream
 from mmchat.errors import BundleError, ImageError, MmchatError, SessionError
@@ -60,18 +59,6 @@ def saved_model(spec: ModelSpec, tokenizer: ChatTokenizer, *, pictures: bool) ->
                  spec.slices.max_patches, spec.vision.query_num, spec.llm.hidden_size)  # fmt: skip
         encoder = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
     return SavedModel(plain_name(spec.name), encoder, tokenizer.digest, prompt.FORMAT)
-
-
-def saved_settings(
-    system: str | None,
-    max_slice_nums: int,
-    use_image_id: bool,
-    reference_pixels: bool,
-    policy: Policy,
-    sampling: Mapping[str, Any],
-) -> SavedSettings:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in sampling.items()}
-    return SavedSettings(system, max_slice_nums, use_image_id, reference_pixels, asdict(policy), values)
 
 
 def saved_state(marks: Marks) -> dict[str, Any]:
@@ -144,11 +131,12 @@ class Keeper:
             raise BundleError(f"images is {images!r}; known are {', '.join(FORMS)}")
         if images == "jpeg" and embeddings:
             raise BundleError('embeddings do not fit the pixels of images="jpeg": use another form, or none of them')
-        self._spec, self._store, self.form, self._embeddings = spec, store, images, embeddings
+        self._spec, self._store, self.form, self.embeddings = spec, store, images, embeddings
         self._turns: dict[int, tuple[Turn, SavedTurn]] = {}
         self._images: dict[Original, tuple[str, tuple[str, ...]]] = {}  # id of the file, keys
         self._handles: dict[str, ImageHandle] = {}  # by id of the file
         self._keys: dict[str, tuple[str, Original]] = {}  # by key in the file: key in the store
+        self._as_they_are = frozenset((known or {}).values())
         for original, name in (known or {}).items():
             self._images[original] = (name, original.keys)
 
@@ -163,9 +151,10 @@ class Keeper:
         handle = self._handles[name]
         original = _original(handle)
         try:
-            data = original.read() if self.form == "original" else b""
-            if data and len(data) <= MAX_DATA_BYTES:
-                return data
+            if self.form == "original" or name in self._as_they_are:
+                data = original.read()
+                if len(data) <= MAX_DATA_BYTES:
+                    return data
             image = image_of(original, handle.plan, handle.name)
         except (ImageError, OSError) as error:
             raise BundleError(f"{handle.id} cannot be saved: {error}") from None
@@ -173,7 +162,7 @@ class Keeper:
 
     def rows(self, key: str) -> NDArray[np.float32] | None:
         """The embedding under a key that turns named; None where it is not to be kept, or nobody has it."""
-        if not self._embeddings or key not in self._keys:
+        if not self.embeddings or key not in self._keys:
             return None
         own_key, original = self._keys[key]
         found = self._store.get(own_key)
@@ -241,6 +230,7 @@ class Restored:
         if record.turns and not self._same_tokenizer:
             self.notes.append(f"the model had another tokenizer ({_called(saved)}): the answers' tokens are made again")
         self._handles: dict[str, ImageHandle] = {}
+        self._cuts: dict[tuple[str, Size, int, bool], tuple[str, ...]] = {}
         self.turns = [self._turn(turn, number) for number, turn in enumerate(record.turns, 1)]
         self.marks, self.policy = Marks(), None
         try:
@@ -327,6 +317,12 @@ class Restored:
 
     def _cut(self, saved: SavedImage, plan: SlicePlan) -> tuple[str, ...]:
         """The keys of this model; of nothing where there is no picture."""
+        same = saved.picture, saved.size, saved.max_slice_nums, saved.reference
+        if same not in self._cuts or not saved.picture:
+            self._cuts[same] = self._cut_first(saved, plan)
+        return self._cuts[same]
+
+    def _cut_first(self, saved: SavedImage, plan: SlicePlan) -> tuple[str, ...]:
         try:
             if not self._bundle.has_picture(saved):
                 raise BundleError("it is not in the file")
@@ -344,8 +340,8 @@ class Restored:
         shape = self._spec.vision.query_num, self._spec.llm.hidden_size
         for key in keys:
             if key in self._bundle.keys and not self._store.has(key):
-                rows = self._bundle.rows(key)
-                if rows is None or rows.shape != shape or not np.isfinite(rows).all():
+                rows = self._bundle.rows(key) if self._bundle.shape(key) == shape else None
+                if rows is None or not np.isfinite(rows).all():
                     self.notes.append(f"an embedding of {self._bundle.path.name} is none; it is made again")
                     continue
                 digest = hashlib.sha256(f"mmchat rows {self._spec.encoder_digest}\n".encode())

@@ -23,14 +23,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.bundle import Bundle, Journal, SavedRecord, set_aside
+from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
 from mmchat.context import Change, Conversation, Policy, fit
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
@@ -40,7 +40,7 @@ from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
 from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
-from mmchat.saving import Keeper, Restored, cut_again, cut_plan, keep, saved_model, saved_settings, saved_state
+from mmchat.saving import Keeper, Restored, cut_again, cut_plan, keep, saved_model, saved_state
 from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
@@ -320,7 +320,8 @@ class Session:
 
     def resume(self, bundle: Bundle, restored: Restored) -> None:
         """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
-        keeper = Keeper(self._spec, self._store, "original", bool(bundle.keys), restored.known)
+        settings = bundle.record.settings
+        keeper = Keeper(self._spec, self._store, settings.pictures, settings.embeddings, restored.known)
         record = self._saved(keeper)
         if bundle.damaged:
             self.notes += (f"the damaged file is kept as {set_aside(bundle.path).name}",)
@@ -338,8 +339,16 @@ class Session:
     def _saved(self, keeper: Keeper) -> SavedRecord:
         turns, marks = self._turns, self._marks
         model = saved_model(self._spec, self._tokenizer, pictures=bool(_images_of(turns)))
-        settings = saved_settings(
-            self.system, self.max_slice_nums, self.use_image_id, self.reference_pixels, self.policy, self.sampling
+        sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in self.sampling.items()}
+        settings = SavedSettings(
+            self.system,
+            self.max_slice_nums,
+            self.use_image_id,
+            self.reference_pixels,
+            asdict(self.policy),
+            sampling,
+            keeper.form,
+            keeper.embeddings,
         )
         return SavedRecord(settings, model, keeper.turns(turns), saved_state(marks))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
-from mmchat.bundle import SavedImage, SavedRecord
+from mmchat.bundle import SavedImage, SavedRecord, visible
 from mmchat.checkpoint import write_atomic
 from mmchat.errors import BundleError, ImageError, SessionError
 from mmchat.images import shown_by_browsers
@@ -79,25 +79,29 @@ def to_html(record: SavedRecord, picture: PictureOf) -> Iterator[str]:
     """Piece by piece, for pictures are large."""
     yield _HEAD
     if record.settings.system:
-        yield f'<p class="system">{html.escape(record.settings.system)}</p>\n'
+        yield f'<p class="system">{_escaped(record.settings.system)}</p>\n'
     shown: set[str] = set()
     for number, turn in enumerate(record.turns, 1):
         yield f'<section id="turn{number}">\n<div class="user">\n'
         for part in turn.parts:
             if isinstance(part, str):
-                yield f"<p>{html.escape(part)}</p>\n"
+                yield f"<p>{_escaped(part)}</p>\n"
             else:
                 yield from _figure(part, picture, shown)
-        yield f'</div>\n<div class="assistant"><p>{html.escape(turn.text)}</p>'
+        yield f'</div>\n<div class="assistant"><p>{_escaped(turn.text)}</p>'
         if turn.stop_reason in _STOPPED:
             yield f'<p class="note">({_STOPPED[turn.stop_reason]})</p>'
         yield "</div>\n</section>\n"
-    yield f"<footer>{html.escape(record.model.name or 'unknown model')}, {len(record.turns)} turns</footer>\n"
+    yield f"<footer>{_escaped(record.model.name or 'unknown model')}, {len(record.turns)} turns</footer>\n"
     yield "</main>\n</html>\n"
 
 
+def _escaped(text: str) -> str:
+    return html.escape(visible(text))
+
+
 def _figure(image: SavedImage, picture: PictureOf, shown: set[str]) -> Iterator[str]:
-    about = html.escape(caption(image))
+    about = _escaped(caption(image))
     if image.id in shown:
         yield f'<p class="note"><a href="#{image.id}">{about}</a></p>\n'
         return

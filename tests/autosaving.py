@@ -2,14 +2,17 @@
 
     python -m tests.autosaving FILE STORE
 
-Every third turn takes the two before it back.  Prints {"turns": [texts so far]} after each.
+The disk is a slow one, so that most of the time goes into writing.  Every third turn takes the two before it back.  Prints {"turns": [texts so far]} after each.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +27,16 @@ from tests.fakes import FakeEngine, FakeVision
 PICTURE = b"P6 800 600 255\n"  # 1.4 MB of noise
 
 
+real_pwrite = os.pwrite
+
+
+def slow_pwrite(descriptor: int, data: Any, at: int) -> int:
+    time.sleep(0.001)
+    return real_pwrite(descriptor, data[:10_000], at)
+
+
 def main(file: Path, root: Path) -> None:
+    os.pwrite = slow_pwrite
     spec = open_model("demo")
     tokenizer, store = ChatTokenizer(spec.tokenizer_path), Store(root)
     engine = FakeEngine(tokenizer, store, spec.llm.hidden_size, context_rows=1_000_000)

@@ -63,7 +63,7 @@ pictures = st.builds(
     SavedImage,
     st.integers(7, 999_999_999).map("img{}".format),
     st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)),
-    names.filter(str.isprintable),
+    names,
     st.integers(1, 1000),
     st.booleans(),
     st.lists(digests, min_size=1, max_size=3).map(tuple),
@@ -92,10 +92,10 @@ records = st.builds(
         st.booleans(),
         st.sampled_from([{}, {"steps": ("turns",), "keep": 0.5}]),
         samplings,
+        st.sampled_from(["original", "reencoded", "jpeg", "none"]),
+        st.booleans(),
     ),
-    st.builds(
-        SavedModel, names.filter(str.isprintable), st.just("") | digests, st.just("") | digests, st.integers(0, 9)
-    ),
+    st.builds(SavedModel, names, st.just("") | digests, st.just("") | digests, st.integers(0, 9)),
     st.tuples(pictures.map(lambda picture: turn(picture, "and", picture)), turns, turns) | st.just(()),
     st.dictionaries(plain, st.integers() | plain | st.booleans(), max_size=3).filter(
         lambda state: all(not isinstance(v, int) or -(2**63) <= v < 2**64 for v in state.values())
@@ -387,6 +387,11 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
     assert read.lost[0].isascii()
 
 
+GOOD_SETTINGS = {
+    "reference_pixels": False, "policy": {}, "sampling": {}, "pictures": "original", "embeddings": False,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -394,7 +399,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
         {"settings": {}},
         {"model": []},
         *(
-            {"settings": {"reference_pixels": False, "policy": {}, "sampling": {}, **change}}
+            {"settings": {**GOOD_SETTINGS, **change}}
             for change in (
                 {"system": 1},
                 {"max_slice_nums": 10**9},
@@ -408,6 +413,8 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
                 {"sampling": {"stop": 3}},
                 {"sampling": {"stop": ("",)}},
                 {"sampling": [1]},
+                {"pictures": "gif"},
+                {"embeddings": None},
             )
         ),
         {"model": {"name": "a", "encoder": "zz", "tokenizer": "", "prompt": 1}},
@@ -416,7 +423,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
 )
 def test_settings_that_are_none(tmp_path: Path, change: dict[str, Any]) -> None:
     good = {
-        "settings": {"reference_pixels": False, "policy": {}, "sampling": {}},
+        "settings": GOOD_SETTINGS,
         "model": {"name": "a", "encoder": "", "tokenizer": "", "prompt": 1},
     }
     pieces = pack("SETT", {**good, **change}) + pack("TURN", good_turn())
@@ -498,6 +505,7 @@ def test_an_id_is_one_picture(tmp_path: Path) -> None:
         ("a/b/", ""),
         ("\x1b[2Ja\nb\u202e", "?[2Ja?b?"),
         ("x" * 999, "x" * 255),
+        ("Bild\u202f3 👨\u200d👩.png", "Bild\u202f3 👨\u200d👩.png"),
     ],
 )
 def test_names_are_names_only(tmp_path: Path, name: str, plain_name: str) -> None:

@@ -85,13 +85,13 @@ def is_read(path: Path) -> Bundle:
 
 @pytest.mark.timeout(3600)
 def test_kill_while_a_picture_is_written(tmp_path: Path) -> None:
-    """No model: a turn is little more than its saving, so that many a kill falls into it."""
+    """No model and a slow disk: a turn is little more than its saving, so that many a kill falls into it."""
     rng = random.Random(1)
     path, n_torn, known = tmp_path / "talk.mmchat", 0, list[str]()
     for _ in range(200 if IS_DEEP else 5):
         program = Program([*PROGRAM, path, tmp_path / "store"])
         program.wait_for_lines(rng.randrange(1, 4))
-        time.sleep(rng.random() * 0.1)
+        time.sleep(rng.random() * 0.4)
         program.kill()
         told = [json.loads(line)["turns"] for line in program.lines]
         assert told, program.errors
@@ -104,7 +104,8 @@ def test_kill_while_a_picture_is_written(tmp_path: Path) -> None:
         assert found in (known, one_more, taken_back)
         if path.stat().st_size > 60 << 20:
             path.unlink()
-    print(f"\nkilled in the middle of a section: {n_torn} times")
+    print(f"\nkilled while something was being added: {n_torn} times")
+    assert n_torn or not IS_DEEP
 
 
 @pytest.mark.timeout(7200)

@@ -234,3 +234,14 @@ def test_save_in_the_chat(red: Path, tmp_path: Path) -> None:
     assert len(Bundle(tmp_path / "talk.mmchat").record.turns) == 1
     assert "data:image/png" in (tmp_path / "talk.html").read_text()
     assert os.listdir(tmp_path / "talk.pictures") == ["img1.png"]
+
+
+def test_branches_are_saved_beside(red: Path, tmp_path: Path) -> None:
+    lines = [CIRCLE, "/branch", BACKGROUND, "/branch 1", "Say it again.", "/switch 1", "Thank you."]
+    options = ("--save", tmp_path / "talk.mmchat", "--save-pictures", "none", "--max-new-tokens", "4")
+    _, err = mmchat_command("chat", red, *options, stdin="\n".join(lines))
+    assert f"it is saved to {tmp_path / 'talk-2.mmchat'}" in err
+    files = [Bundle(tmp_path / f"talk{n}.mmchat") for n in ("", "-2", "-3")]
+    asked = [[turn.parts[-1] for turn in file.record.turns] for file in files]
+    assert asked == [[CIRCLE, "Thank you."], [CIRCLE, BACKGROUND], [CIRCLE, "Say it again."]]
+    assert not any(file.pictures for file in files)

@@ -832,6 +832,39 @@ def test_resume(setup: Setup, file: Path, tmp_path: Path) -> None:
     assert third.load(file).notes == ()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_resume_keeps_pictures_as_before(setup: Setup, file: Path, tmp_path: Path, form: str, damaged: bool) -> None:
+    """Those that are there stay byte for byte, also in a new file; new ones are kept in the same form."""
+    embeddings = form == "none"
+    setup.chat.autosave(file, images=form, embeddings=embeddings)
+    setup.ask("Red.", "What?", images=[SOURCES[1]])
+    before = Bundle(file)
+    end = file.stat().st_size
+    setup.ask("Blue.", "And?")
+    setup.chat.autosave(None)
+    if damaged:
+        data = bytearray(file.read_bytes())
+        data[end + 60] ^= 1
+        file.write_bytes(data)
+    other = Other(tmp_path / "other")
+    chat = other.load(file, autosave=True)
+    say(other, chat, "Yes.", "And this?", images=[SOURCES[6]])
+    after = Bundle(file)
+    assert after.lost == ()
+    kept = {name: after.picture(name) for name in after.pictures}
+    assert {name: before.picture(name) for name in before.pictures}.items() <= kept.items()
+    assert after.record.images[0] == before.record.images[0]
+    assert len(kept) == (0 if form == "none" else 2)
+    assert bool(after.keys) == embeddings
+    assert (SOURCES[6] in kept.values()) == (form == "original")
+    third = Other(tmp_path / "third").load(file)
+    assert third.notes == ()
+    if form != "none":
+        first = third.images[0]
+        assert tuple(slice_key(pixels, SPEC.encoder_digest) for pixels in first.pixels()) == first.keys
+
+
 def test_resume_after_a_kill(setup: Setup, file: Path) -> None:
     setup.chat.autosave(file)
     setup.ask("Red.", "What?")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from PIL import Image
 
+from mmchat.bundle import Bundle
 from mmchat.context import Policy
 from mmchat.embedding import common_prefix
 from mmchat.engine import Event, ImageRows, Piece, Restarted, Sampling, Token
@@ -34,6 +35,7 @@ from mmchat.forecast import Outlook
 from mmchat.model_dir import open_model
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Picture, Text, render
 from mmchat.record import ImageHandle, Marks, Turn, Usage
+from mmchat.saving import Restored
 from mmchat.session import Reply, Session
 from mmchat.slicing import SlicePlan
 from mmchat.store import Store
@@ -511,6 +513,25 @@ class Conversations(RuleBasedStateMachine):
         assert len(self.chat.turns) == len(self.oracle.turns)
         self.oracles[2:] = [Oracle(self.chat.branch(at), self.oracle.turns[:at])]
 
+    @rule(by=st.sampled_from(["save", "autosave", "go on"]), form=st.sampled_from(["original", "reencoded", "none"]))
+    def another_program_goes_on(self, by: str, form: str) -> None:
+        """It knows nothing but the file; the one before it is gone, and so are all answers that had not begun."""
+        if self.chat.saved_to is None or by == "save":
+            path = Path(self.folder.name) / f"talk {len(list(Path(self.folder.name).iterdir()))}"
+            getattr(self.chat, "save" if by == "save" else "autosave")(path, images=form)
+        path = self.chat.saved_to or path
+        before = self.state()
+        self.chat.autosave(None)
+        bundle = Bundle(path, write=by != "save")
+        restored = Restored(bundle, SPEC, TOKENIZER, self.store)
+        self.oracle.chat = Session(
+            SPEC, TOKENIZER, self.store, self.setup.vision, self.engine, outlook=self.setup.outlook, **restored.options
+        )
+        if by != "save":
+            self.chat.resume(bundle, restored)
+        assert self.state() == before
+        assert (self.chat.notes, self.chat.policy) == ((), Policy())
+
     @rule(which=which, how=st.sampled_from(["pin", "unpin", "forget", "reattach"]))
     def a_picture_is_pinned_forgotten_or_reattached(self, which: int, how: str) -> None:
         images = self.chat.images
@@ -570,6 +591,15 @@ class Conversations(RuleBasedStateMachine):
             assert self.engine.n_requests == n_requests
 
     # What is always so
+
+    @invariant()
+    def what_is_kept_is_the_record(self) -> None:
+        for oracle in self.oracles:
+            if oracle.chat.saved_to is not None:
+                assert oracle.chat.unsaved is None
+                restored = Restored(Bundle(oracle.chat.saved_to), SPEC, TOKENIZER, self.store)
+                assert restored.notes == []
+                assert (restored.turns, restored.marks) == (oracle.chat.turns, oracle.chat.marks)
 
     @invariant()
     def the_record_is_what_the_user_saw(self) -> None:

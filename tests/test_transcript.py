@@ -20,7 +20,7 @@ from mmchat.transcript import export, to_html
 from tests.test_bundle import digest
 from tests.test_session import picture, png
 
-NASTY = "</p><script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- ]]> &lt;\x1b[31m"
+NASTY = "</p><script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- ]]> &lt;"
 
 
 def tiff() -> bytes:
@@ -150,6 +150,10 @@ def only_what_we_write(found: Page) -> None:
         assert tag != "a" or re.fullmatch("#img[0-9]+", str(attributes["href"]))
     (policy,) = [a for a in found.all("meta") if "http-equiv" in a]
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_control_characters_are_seen() -> None:
+    assert "a\\x1b[31m\\x202eb\nc" in page(record(turn("a\x1b[31m\u202eb\nc"))).text
 
 
 def test_nothing_in_a_text_is_markup() -> None:

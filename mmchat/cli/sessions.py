@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from mmchat.bundle import Bundle, SavedImage
+from mmchat.bundle import Bundle, SavedImage, visible
 from mmchat.cli.options import UsageError, say
 from mmchat.transcript import SUFFIXES, caption, transcript
 from mmchat.transcript import export as write_export
@@ -69,11 +69,11 @@ def _to_json(bundle: Bundle) -> dict[str, object]:
 def _print(bundle: Bundle) -> None:
     record = bundle.record
     kept = sum(bundle.pictures.values())
-    print(f"model     {_visible(record.model.name) or 'unknown'}")
+    print(f"model     {visible(record.model.name) or 'unknown'}")
     if record.settings.system:
         print(f"system    {_indented(record.settings.system, 10)}")
     if record.settings.sampling:
-        print(f"sampling  {_visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
+        print(f"sampling  {visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
     print(f"holds     {len(record.turns)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
           f"{len(bundle.keys)} embeddings")  # fmt: skip
     for number, turn in enumerate(record.turns, 1):
@@ -90,9 +90,4 @@ def _about(bundle: Bundle, image: SavedImage) -> str:
 
 
 def _indented(text: str, n: int) -> str:
-    return _visible(text).replace("\n", "\n" + " " * n)
-
-
-def _visible(text: str) -> str:
-    """Nothing in a file may command the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+    return visible(text).replace("\n", "\n" + " " * n)
