@@ -14,7 +14,8 @@ comes back by itself, so that the rows that are sent stay the same, and an engin
 A change makes an engine compute all rows after it anew.  So a trim goes on beyond what fits: down the ladder for as
 long as at least Policy.keep of the cap stays filled; mmchat.rehearsal counts what that saves.  And it spares the
 newest turns, as many as take up to Policy.recent of the cap, for as long as there is something older: the picture
-that is talked about now would else become a line before the first greeting goes.
+that is talked about now would else become a line before the first greeting goes.  A picture that the question names
+counts as new.
 
 Ids of pictures stand for them in texts: @img2 is sent as "image 2", with the number that the picture has in the
 conversation as it is sent (from 1, as people and the published examples count; the template's own tags count from 0),
@@ -281,7 +282,11 @@ def _first_recent(conversation: Conversation, marks: Marks, counter: Counter, ro
 
 
 def _changes(conversation: Conversation, marks: Marks, step: Step, end: int, counter: Counter) -> Iterator[Change]:
-    """What a step may change in turns before `end`, the oldest first.  A returned picture is as new as its return."""
+    """What a step may change in turns before `end`, the oldest first.
+
+    A picture that came back is as new as its return; one that the question names, as the question.
+    """
+    named = set(mentions(conversation.question))
     turns = {
         number: turn
         for number, turn in enumerate(conversation.turns, 1)
@@ -289,6 +294,8 @@ def _changes(conversation: Conversation, marks: Marks, step: Step, end: int, cou
     }
 
     def age(image: ImageHandle) -> int:
+        if image.id in named:
+            return len(conversation.turns) + 1
         return max(image.turn, marks.returned.get(image.id, 0))
 
     if step == "turns":

@@ -284,6 +284,14 @@ def test_a_picture_that_came_back_is_not_the_first_to_go_again() -> None:
     assert gone[0] == "turn 2 is not sent any more"
 
 
+def test_a_picture_that_the_question_names_goes_last() -> None:
+    talk = Conversation(SYSTEM, THREE, ("And in @img1?",))
+    assert trimmed(talk, rows_of(talk)) == ["img2 is sent without its cells"]
+    gone = trimmed(talk, 160)
+    assert "img1 is sent without its cells" not in gone
+    assert "turn 1 is not sent any more" not in gone
+
+
 def test_a_prompt_is_no_longer_than_is_known_to_be_safe() -> None:
     result = fit(TALK, Marks(), COUNTER, cap=10_000, max_new_tokens=500, policy=Policy(), longest=ALL - 1)
     assert result.changes
