@@ -257,7 +257,7 @@ def _advice(marks: Marks, policy: Policy) -> str:
 def _descend(conversation: Conversation, at: Fitted, counter: Counter, cap: int, policy: Policy) -> Iterator[Fitted]:
     """One thing less after the other; each has fewer rows than the one before."""
     spared = _first_recent(conversation, at.marks, counter, policy.recent * cap)
-    for end in (spared, len(conversation.turns) + 1):
+    for end in (spared, len(conversation.turns) + 2):  # of a picture that has just come back too
         for step in policy.steps:
             for change in _changes(conversation, at.marks, step, end, counter):
                 marks = _apply(at.marks, change)

@@ -130,7 +130,8 @@ class Marks:
 
     forms: by picture id; a picture that is not named is whole.  dropped: numbers (from 1) of turns that are not sent.
     pinned: picture ids.  pinned_turns: numbers.
-    returned: by picture id, how many turns there were when the user asked for it back: it counts as that new.
+    returned: by picture id, the number of the turn that came next when the user asked for it back: it is as
+    new as that.
     """
 
     forms: Mapping[str, Form] = field(default_factory=dict)
@@ -150,7 +151,7 @@ class Marks:
             frozenset(number for number in self.dropped if number <= n),
             self.pinned & ids,
             frozenset(number for number in self.pinned_turns if number <= n),
-            {name: min(at, n) for name, at in self.returned.items() if name in ids},
+            {name: min(at, n + 1) for name, at in self.returned.items() if name in ids},
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -264,7 +264,7 @@ class Session:
                 marks,
                 forms=_without(marks.forms, handle.id),
                 dropped=marks.dropped - {handle.turn},
-                returned={**marks.returned, handle.id: len(self._turns)},
+                returned={**marks.returned, handle.id: len(self._turns) + 1},
             )
 
     def prompt(self, parts: Sequence[str | ImageHandle] = ()) -> Prompt:

@@ -2,7 +2,8 @@
 
     python -m tests.autosaving FILE STORE
 
-The disk is a slow one, so that most of the time goes into writing.  Every third turn takes the two before it back.  Prints {"turns": [texts so far]} after each.
+The disk is a slow one, so that most of the time goes into writing.  Every third turn takes the two before it back.
+Prints {"turns": [texts so far]} after each.
 """
 
 from __future__ import annotations

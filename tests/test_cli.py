@@ -98,7 +98,8 @@ def test_ask(red: Path) -> None:
 def test_ask_json(red: Path, green: Path) -> None:
     out, err = mmchat_command("ask", red, green, "How many images are there?", "--json", "--max-new-tokens", "20")
     shown = json.loads(out)
-    assert set(shown) == {"text", "stop_reason", "usage"}
+    assert set(shown) == {"text", "stop_reason", "usage", "degraded"}
+    assert shown["degraded"] == []
     assert shown["text"]
     assert shown["stop_reason"] in ("stop", "length")
     usage = shown["usage"]
@@ -308,7 +309,8 @@ def test_chat_from_lines(red: Path, green: Path, tmp_path: Path) -> None:
     assert shown[7].strip()
     assert shown[8].strip()
     assert [line.split()[0] for line in shown[9:]] == [
-        "/image", "/drop", "/images", "/undo", "/save", "/stats", "/help", "/quit",
+        "/image", "/drop", "/images", "/pin", "/forget", "/cost", "/undo", "/retry", "/edit", "/branch", "/save",
+        "/stats", "/help", "/quit",
     ]  # fmt: skip
 
     assert err.count("generate") == 1  # the table, once
@@ -319,6 +321,69 @@ def test_chat_from_lines(red: Path, green: Path, tmp_path: Path) -> None:
     assert [turn["assistant"] for turn in saved["turns"]] == [shown[1], shown[7], shown[8]]
     assert [part["type"] for part in saved["turns"][1]["user"]] == ["text", "image"]
     assert CIRCLE in (tmp_path / "talk.md").read_text()
+
+
+def test_chat_about_what_is_sent(red: Path, green: Path) -> None:
+    """Plans, names, pins, other ways on, and a context that gets full."""
+    lines = [
+        f"/cost {CIRCLE}",
+        CIRCLE,
+        f"{CIRCLE} {{{{{green}}}}}",
+        "/pin img2",
+        "/forget img1",
+        "/images",
+        "Is there a circle in @img1?",
+        "/undo",
+        "/reattach img1",
+        "/edit 2 What is the background of @img1?",
+        "/branch 1",
+        f"{CIRCLE} {{{{{green}}}}}",
+        "/switch 1",
+        "/retry",
+        f"/image {green}",
+        f"/edit 2 {CIRCLE}",
+        f"{CIRCLE} {{{{{red}}}}}",
+        f"{CIRCLE} {{{{{red}}}}}",
+        "/unpin img2",
+        f"{CIRCLE} {{{{{red}}}}}",
+        "/cost",
+    ]
+    out, err = mmchat_command("chat", red, "--context", "420", "--max-new-tokens", "30", stdin="\n".join(lines))
+    shown, said = out.splitlines(), err.splitlines()
+    assert shown[0].startswith("rows ")
+    assert "+ 30 for the answer, of 420" in shown[0]
+    assert "5 slices to encode" in shown[1]
+    assert shown[2] == "time      not known before something has run"
+    assert "red" in shown[3]
+    pictures = [line for line in shown if line.startswith("img")]
+    assert pictures[0].endswith("(line)")
+    assert pictures[1].endswith("green.png  (pinned)")
+    for told in (
+        "img2 stays as it is when the context is full",
+        "img1 is sent as a line of text from now on; /reattach img1 brings it back",
+        "the model does not see img1: /images lists what it does, /reattach brings a picture back",
+        "img1 is sent whole again",
+        "conversation 2, after 1 turn(s); /switch goes to another",
+        "conversation 1: 2 turn(s), this one",
+        "conversation 2: 2 turn(s)",
+        "without a --temperature the answer will be the same",
+    ):
+        assert f"mmchat: {told}" in said
+    assert any("the context is full; img1" in line and "sent without cells" in line for line in said)
+    assert shown[-1].startswith("time ")
+    assert "measured in this session" in shown[-1]
+    assert any(line.startswith("pictures  img1 ") for line in shown[-6:])
+
+
+def test_chat_plans_as_json(red: Path) -> None:
+    out, _ = mmchat_command("chat", red, "--json", stdin=f"/cost {CIRCLE}\n/images\n{CIRCLE}\n/images\n")
+    plan, before, answer, after = map(json.loads, out.splitlines())
+    assert plan["rows"] == plan["rows_new"] == answer["usage"]["n_prompt"]
+    assert plan["slices_new"] == answer["usage"]["slices_encoded"] == 5
+    assert plan["images"] == [{"id": "img1", "form": "whole", "number": 1}]
+    assert before == {"images": [], "attached": [str(red)]}
+    (image,) = after["images"]
+    assert (image["id"], image["form"], image["number"], image["pinned"]) == ("img1", "whole", 1, False)
 
 
 def test_chat_goes_on_after_errors(bad_pictures: dict[str, Path], red: Path, tmp_path: Path) -> None:
@@ -333,6 +398,20 @@ def test_chat_goes_on_after_errors(bad_pictures: dict[str, Path], red: Path, tmp
         "/save",
         f"/save {tmp_path}/none/talk.md",
         "/frobnicate",
+        "/pin",
+        "/pin img1",
+        "/unpin 3",
+        "/forget",
+        "/forget img1",
+        "/reattach img9",
+        "/retry",
+        "/edit",
+        "/edit 1",
+        "/edit one What?",
+        "/branch 1",
+        "/branch x",
+        "/switch 2",
+        f"/cost {{{{{tmp_path}/none.png}}}}",
     ]
     lines = [*mistakes, f"/image {red}", CIRCLE]
     out, err = mmchat_command("chat", "--json", stdin="\n".join(lines), code=1)
@@ -561,8 +640,38 @@ def test_prompt_with_the_budget_of_a_model() -> None:
     out, _ = mmchat_command("prompt", "-", "--model", "demo", "--json", stdin=json.dumps(HELLO))
     shown = json.loads(out)
     assert shown["budget"] == {"rows": len(shown["ids"]), "context_rows": 2048, "left": 2048 - len(shown["ids"])}
+    assert shown["plan"]["rows"] == len(shown["ids"])
+    assert shown["plan"]["max_new_tokens"] == 128
     text, _ = mmchat_command("prompt", "-", "--model", "demo", stdin=json.dumps(HELLO))
     assert "left for the answer" in text
+    assert "would be sent" in text
+
+
+def talk(n: int) -> str:
+    """n questions about a picture each; the answers to all but the last."""
+    messages: list[dict[str, Any]] = []
+    for number in range(n):
+        parts = [{"type": "image", "size": [400, 330]}, {"type": "text", "text": f"What is @img{number + 1}?"}]
+        messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": "A circle."}]
+    return json.dumps({"system_prompt": "Be brief.", "messages": messages[:-1]})
+
+
+def test_prompt_tells_what_would_be_degraded() -> None:
+    common = ["prompt", "-", "--model", "demo", "--context", "600", "--max-new-tokens", "50"]
+    code, out, _ = run_here(*common, "--json", stdin=talk(3))
+    assert code == 0
+    plan = json.loads(out)["plan"]
+    assert [(change["what"], change["form"]) for change in plan["degraded"]] == [("img1", "overview")]
+    assert plan["rows"] + 50 <= plan["cap"] == 600
+    assert plan["seconds"]["first_token"] is None
+    code, out, _ = run_here(*common, stdin=talk(3))
+    assert "degraded  img1: sent without cells" in out
+    code, out, _ = run_here(*common, "--policy", "error", stdin=talk(4))
+    assert (code, "does not fit" in out) == (0, True)
+    assert 'another policy than "error"' in out
+    assert "policy is" in refused(*common, "--policy", "cells", stdin=talk(3), code=2)
+    in_no_turns = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    assert json.loads(run_here(*common, "--json", stdin=json.dumps(in_no_turns))[1])["plan"] is None
 
 
 BAD_CONVERSATIONS = {

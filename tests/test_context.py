@@ -279,8 +279,8 @@ def test_what_is_pinned_stays_and_its_turn_too() -> None:
 
 
 def test_a_picture_that_came_back_is_not_the_first_to_go_again() -> None:
-    assert trimmed(TALK, ALL, marks=Marks(returned={"img1": 4}))[0] == "img2 is sent without its cells"
-    gone = trimmed(TALK, 200, "turns", marks=Marks(returned={"img1": 4}))
+    assert trimmed(TALK, ALL, marks=Marks(returned={"img1": 5}))[0] == "img2 is sent without its cells"
+    gone = trimmed(TALK, 200, "turns", marks=Marks(returned={"img1": 5}))
     assert gone[0] == "turn 2 is not sent any more"
 
 

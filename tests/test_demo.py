@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,75 @@ def test_two_sessions_take_turns(rt: mmchat.Runtime) -> None:
             images = [picture("circle", colour, "white")] if question == CIRCLE else []
             said[colour].append(chat.ask(question, images=images).text)
     assert said == expected
+
+
+def test_taking_turns_back_costs_the_new_rows_alone(rt: mmchat.Runtime) -> None:
+    """Five turns back, and something else asked: on the real engine."""
+    chat = rt.session()
+    for colour in ("red", "green", "blue"):
+        chat.ask(CIRCLE, images=[picture("circle", colour, "white")]).text  # noqa: B018
+    for question in (BACKGROUND, "Thank you.", CIRCLE):
+        chat.ask(question).text  # noqa: B018
+    chat.undo(5)
+    plan = chat.plan("How many images are there?")
+    reply, last = chat.ask("How many images are there?"), chat.turns[-1].usage
+    usage = reply.usage
+    assert 0 < usage.n_prefilled <= usage.n_prompt - last.n_prompt - last.n_new
+    assert (plan.rows_new, plan.slices_new) == (usage.n_prefilled, 0)
+    assert plan.seconds.first_token is not None
+    assert reply.plan.seconds == plan.seconds
+
+
+def test_a_branch_answers_as_a_fresh_session_with_the_same_record(rt: mmchat.Runtime, tmp_path: Path) -> None:
+    chat = rt.session()
+    chat.ask(DESCRIBE, images=[picture("square", "red", "yellow")]).text  # noqa: B018
+    chat.ask(DESCRIBE, images=[picture("circle", "green", "white")]).text  # noqa: B018
+    chat.ask("Thank you.").text  # noqa: B018
+    branch = chat.branch(at=2)
+    answers = [branch.ask(BACKGROUND).text, branch.ask("What shapes are in the first image?").text]
+    with mmchat.open("demo", store=tmp_path / "other") as other:
+        fresh = other.session()
+        for turn in chat.turns[:2]:
+            part = next(part for part in turn.parts if not isinstance(part, str))
+            image = picture("square", "red", "yellow") if part.id == "img1" else picture("circle", "green", "white")
+            assert fresh.ask(DESCRIBE, images=[image]).text == turn.text
+        assert [fresh.ask(BACKGROUND).text, fresh.ask("What shapes are in the first image?").text] == answers
+    assert len(chat.turns) == 3
+
+
+def test_two_threads_with_a_conversation_each_take_turns(rt: mmchat.Runtime) -> None:
+    """Neither is refused, and neither asks twice while the other waits."""
+    order: list[str] = []
+    chats = {"a": rt.session("Be brief."), "b": rt.session("Be long.")}
+
+    def talk(name: str) -> None:
+        for _ in range(4):
+            assert chats[name].ask("Hello!").text
+            order.append(name)
+
+    threads = [threading.Thread(target=talk, args=(name,)) for name in chats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert sorted(order) == ["a"] * 4 + ["b"] * 4
+    assert all(len(chat.turns) == 4 for chat in chats.values())
+
+
+def test_a_full_context_is_trimmed_and_answers_as_one_that_never_held_more(tmp_path: Path) -> None:
+    """What the KV cache has seen before the trim leaves no trace: another worker, with what is sent alone, agrees."""
+    with mmchat.open("demo", store=tmp_path, context_rows=512) as rt:
+        chat = rt.session()
+        degraded = []
+        for colour in ("red", "green", "blue", "black", "red", "green"):
+            reply = chat.ask(CIRCLE, images=[picture("circle", colour, "white")], max_new_tokens=40)
+            assert reply.usage.n_prompt <= 512 - 40
+            degraded += [str(change) for change in reply.degraded]
+        assert "img1 is sent without its cells" in degraded
+        rt.llm.worker.kill()
+        again = chat.branch(at=5).ask(CIRCLE, images=[picture("circle", "green", "white")], max_new_tokens=40)
+        assert again.text == chat.turns[-1].text
+        assert again.usage.n_reused == 0
 
 
 def test_a_second_session_of_the_same_thread_is_told_that_the_engine_is_busy(rt: mmchat.Runtime) -> None:

@@ -83,7 +83,7 @@ def test_marks_of_fewer_turns_are_about_these_alone() -> None:
     )
     assert all_of_them.of(turns) == all_of_them
     assert all_of_them.of(turns[:2]) == Marks(
-        {"img1": "line"}, frozenset({1}), frozenset({"img2"}), frozenset({2}), {"img1": 2}
+        {"img1": "line"}, frozenset({1}), frozenset({"img2"}), frozenset({2}), {"img1": 3}
     )
     assert all_of_them.of([]) == Marks()
 

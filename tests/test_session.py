@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -740,6 +741,10 @@ def test_a_turn_costs_what_it_added(setup: Setup) -> None:
         n_known = usage.n_prompt + usage.n_new
 
 
+def spelled(ids: Sequence[int]) -> str:
+    return b"".join(map(TOKENIZER.token_bytes, ids)).decode()
+
+
 def n_extra() -> int:
     """Rows of the header of the next answer, which Session.prompt() ends with."""
     return 1 + len(TOKENIZER.encode("assistant\n"))
@@ -861,6 +866,222 @@ def test_usage_reads_like_a_table_too(setup: Setup) -> None:
     assert usage["n_prompt"] == usage.n_prompt > 0
     assert set(usage.to_dict()) == set(Usage.__dataclass_fields__)
     assert usage.total_s >= 0
+
+
+# What fits
+
+
+SMALL = 300
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Setup:
+    """Room for two pictures that are cut, and not for three; a trim is the least that helps."""
+    return Setup(tmp_path, SMALL, {"policy": Policy(keep=1.0)})
+
+
+def fill(setup: Setup, n: int, **sampling: Any) -> list[Reply]:
+    return [setup.ask("Yes.", "What?", [PICTURES[CUT]], max_new_tokens=RESERVED, **sampling) for _ in range(n)]
+
+
+def test_a_degraded_conversation_is_told_and_stays_so(small: Setup) -> None:
+    *_, before, reply = fill(small, 3)
+    assert before.degraded == ()
+    told = ["img1 is sent without its cells", "img2 is sent without its cells"]
+    assert [str(change) for change in reply.degraded] == told
+    assert small.chat.marks.forms == {"img1": "overview", "img2": "overview"}
+    assert small.vision.encoded == list(dict.fromkeys(HANDLES[CUT].keys))  # one picture, three handles
+    after = small.ask("Yes.", "And?", max_new_tokens=RESERVED)
+    assert after.degraded == ()
+    assert small.chat.marks.forms == {"img1": "overview", "img2": "overview"}
+    assert after.usage.n_prefilled == after.usage.n_prompt - reply.usage.n_prompt - reply.usage.n_new
+
+
+def test_an_overview_is_found_under_the_key_of_the_whole_pictures_source_view(small: Setup) -> None:
+    fill(small, 3)
+    sent = [piece for piece in small.engine.requests[-1] if isinstance(piece, ImageRows)]
+    assert sent[0].key == HANDLES[CUT].keys[0]
+    assert [piece.key for piece in sent[2:]] == list(HANDLES[CUT].keys)
+
+
+def test_a_refusing_policy_refuses_and_says_what_to_do(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, SMALL, {"policy": "error"})
+    fill(setup, 2)
+    with pytest.raises(ContextFull, match=r'holds 300: .*another policy than "error"'):
+        list(setup.chat.ask("What?", [PICTURES[CUT]], max_new_tokens=RESERVED))
+    assert len(setup.chat.turns) == 2
+
+
+def test_what_an_engine_is_known_to_take_bounds_the_prompt(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, 2048)
+    setup.chat._outlook = Outlook(lambda: "resend", longest=lambda: 260 - RESERVED)
+    *_, reply = fill(setup, 3)
+    assert reply.degraded
+    assert reply.usage.n_prompt <= 260 - RESERVED
+
+
+def test_forgetting_frees_rows_and_reattaching_brings_the_picture_back_in_its_place(setup: Setup) -> None:
+    *_, whole = fill(setup, 2)
+    setup.chat.forget("img1")
+    forgotten = setup.ask("Yes.", "And?", max_new_tokens=RESERVED)
+    assert forgotten.usage.n_prompt < whole.usage.n_prompt
+    assert setup.chat.numbers == {"img2": 1}
+    assert forgotten.degraded == ()  # it was the user's wish, and nothing had to go
+    setup.chat.reattach("img1")
+    assert setup.chat.numbers == {"img1": 1, "img2": 2}
+    n_encoded = len(setup.vision.encoded)
+    assert setup.ask("Yes.", "And?").usage.n_prompt > whole.usage.n_prompt
+    assert len(setup.vision.encoded) == n_encoded
+
+
+def test_what_is_reattached_outlives_what_came_after_it(small: Setup) -> None:
+    fill(small, 3)
+    small.chat.reattach("img1")
+    (reply,) = fill(small, 1)
+    assert small.chat.marks.form(small.chat.images[0]) == "whole"
+    assert {change.what for change in reply.degraded} == {"img3", "turn 2", "turn 3"}
+
+
+def test_a_pinned_picture_is_not_degraded(small: Setup) -> None:
+    fill(small, 2)
+    small.chat.pin("img1")
+    (reply,) = fill(small, 1)
+    assert "img1" not in {change.what for change in reply.degraded}
+    assert small.chat.marks.dropped == {2}
+
+
+def test_a_name_in_a_question_is_sent_as_the_pictures_number(setup: Setup) -> None:
+    fill(setup, 2)
+    setup.chat.forget(setup.chat.images[0])
+    reply = setup.ask("Yes.", "Is @img2 like @img1 and @img9?")
+    sent = setup.engine.requests[-1][-1]
+    assert not isinstance(sent, ImageRows)
+    assert spelled(sent.ids).endswith("user\nIs image 1 like img1 and @img9?<|im_end|>\n<|im_start|>assistant\n")
+    assert reply.plan.unseen == ("img1", "img9")
+    assert setup.chat.turns[-1].parts == ("Is @img2 like @img1 and @img9?",)  # the record has what was typed
+
+
+def test_a_picture_of_the_conversation_is_shown_again_under_a_new_id(setup: Setup) -> None:
+    fill(setup, 1)
+    reply = setup.ask("Yes.", "And again?", setup.chat.images)
+    assert [image.id for image in setup.chat.images] == ["img1", "img2"]
+    assert setup.chat.images[0].keys == setup.chat.images[1].keys
+    assert (reply.usage.slices_encoded, reply.usage.slices_cached) == (0, 5)
+    with pytest.raises(SessionError, match="picture of another conversation"):
+        setup.another().ask("What?", setup.chat.images)
+
+
+# Other ways on
+
+
+def test_asking_again_after_taking_turns_back_computes_the_new_rows_alone(setup: Setup) -> None:
+    fill(setup, 7)
+    setup.chat.undo(5)
+    last = setup.chat.turns[-1].usage
+    usage = setup.ask("Yes.", "Something else?").usage
+    assert 0 < usage.n_prefilled <= usage.n_prompt - last.n_prompt - last.n_new
+
+
+def test_an_edited_turn_goes_on_from_there(setup: Setup) -> None:
+    setup.ask("One.", "First?", [PICTURES[0]])
+    setup.ask("Two.", ["Is", PICTURES[1], "red?"])
+    setup.ask("Three.", "Third?")
+    reply = setup.says("Edited.").chat.edit(2, "Blue?")
+    assert [turn.text for turn in setup.chat.turns] == ["One.", "Two.", "Three."]  # not yet
+    assert reply.text == "Edited."
+    assert [turn.text for turn in setup.chat.turns] == ["One.", "Edited."]
+    assert [part if isinstance(part, str) else part.id for part in setup.chat.turns[1].parts] == ["img2", "Blue?"]
+    assert setup.says("Other.").chat.edit(2, "Blue?", images=[PICTURES[CUT]]).text == "Other."
+    assert [image.keys for image in setup.chat.images] == [HANDLES[0].keys, HANDLES[CUT].keys]
+    assert setup.says("None.").chat.edit(1, "Blue?", images=[]).text == "None."
+    assert setup.chat.images == []
+
+
+def test_an_edit_that_fails_or_is_cancelled_changes_nothing(setup: Setup) -> None:
+    fill(setup, 2)
+    turns = setup.chat.turns
+    setup.engine.fault = (1, EngineError("it failed"))
+    with pytest.raises(EngineError):
+        list(setup.says("Never.").chat.edit(1, "Why?"))
+    reply = setup.says("Never.").chat.regenerate()
+    reply.cancel()
+    assert reply.text == ""
+    assert setup.chat.turns == turns
+
+
+def test_an_edit_of_a_turn_that_is_gone_by_then_is_refused(setup: Setup) -> None:
+    fill(setup, 2)
+    reply = setup.chat.edit(2, "Why?")
+    setup.chat.undo(1)
+    with pytest.raises(SessionError, match="turn 2, which was to be replaced, is not there"):
+        list(reply)
+    for number in (0, 2, -1, True, "1"):
+        with pytest.raises(SessionError, match=f"there is no turn {number!r}: they are 1 to 1"):
+            setup.chat.edit(number, "Why?")  # type: ignore[arg-type]
+
+
+def test_regenerating_asks_the_same_again_and_keeps_pins(setup: Setup) -> None:
+    setup.ask("One.", ["Is", PICTURES[1], "red?"])
+    setup.chat.pin("img1")
+    setup.chat.pin(1)
+    reply = setup.says("Two.").chat.regenerate(temperature=0.5)
+    assert (reply.text, reply.sampling.temperature) == ("Two.", 0.5)
+    assert [turn.text for turn in setup.chat.turns] == ["Two."]
+    assert setup.engine.requests[0] == setup.engine.requests[1]
+    assert reply.usage.n_prefilled == 1
+    assert (setup.chat.marks.pinned, setup.chat.marks.pinned_turns) == (frozenset({"img1"}), frozenset({1}))
+    with pytest.raises(SessionError, match="no turn yet"):
+        setup.another().regenerate()
+
+
+def test_a_branch_has_the_settings_and_goes_its_own_way(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, options={"system": "Be brief.", "max_slice_nums": 1, "policy": "turns"})
+    fill(setup, 3)
+    setup.chat.forget("img2")
+    branch = setup.chat.branch(at=2)
+    assert (branch.system, branch.max_slice_nums, branch.policy) == ("Be brief.", 1, setup.chat.policy)
+    assert branch.turns == setup.chat.turns[:2]
+    assert branch.marks.forms == {"img2": "line"}
+    branch.reattach("img2")
+    setup.says("Mine.")
+    assert branch.ask("Why?").text == "Mine."
+    assert (len(branch.turns), len(setup.chat.turns)) == (3, 3)
+    assert setup.chat.marks.forms == {"img2": "line"}
+    assert setup.chat.branch().turns == setup.chat.turns
+    assert setup.chat.branch(at=0).turns == []
+    for at in (-1, 4):
+        with pytest.raises(SessionError, match=f"cannot branch after turn {at}"):
+            setup.chat.branch(at=at)
+
+
+def test_a_plan_has_the_seconds_that_the_session_has_measured(setup: Setup) -> None:
+    assert setup.chat.plan("What?", PICTURES[0]).seconds.first_token is None
+    setup.chat._spent = Usage(slices_encoded=2, encode_s=1.0, n_prefilled=10, prefill_s=1.0, n_new=4, generate_s=1.0)
+    plan = setup.chat.plan("What?", PICTURES[0])
+    assert plan.slices_new == 1
+    assert plan.seconds.encode == 0.5
+    assert plan.seconds.prefill == pytest.approx(0.1 * plan.rows_new)
+    assert plan.seconds.token == 0.25
+    assert plan.seconds.sources == ("measured in this session",)
+
+
+def test_two_threads_get_their_answers_one_after_the_other(setup: Setup) -> None:
+    """A session is for one at a time: the second is told; sessions of one engine wait for each other (worker.py)."""
+    texts = iter(setup.says("Yes.").chat.ask("What?"))
+    next(texts)
+    told: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            list(setup.chat.ask("Me too?"))
+        except SessionError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(20)
+    assert "finish or close it first" in str(told[0])
+    list(texts)
 
 
 def test_options_of_a_session(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmchat.context import Policy
 from mmchat.engine import Sampling
 from mmchat.errors import MmchatError, PromptError, SessionError
+
+if TYPE_CHECKING:
+    from mmchat.context import Policy
 
 debug = False  # set by --debug
 
@@ -77,6 +79,8 @@ class Talk:
 
 def policy(steps: str | None) -> Policy:
     """Raises UsageError."""
+    from mmchat.context import Policy
+
     try:
         return Policy.of(steps)
     except SessionError as error:
