@@ -26,6 +26,7 @@ _DRIVER_VERSIONS = ("/sys/kernel/debug/rknpu/version", "/proc/rknpu/version", "/
 _DRIVER_FOLDERS = ("/sys/bus/platform/drivers/RKNPU", "/sys/bus/platform/drivers/rknpu")
 _LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib/aarch64-linux-gnu", "/usr/local/lib")
 _LITE2_FROM = (2, 3)
+_LITE2_LOADS = "/usr/lib/librknnrt.so"  # seen with its release 2.5.0, emulated
 _RKNN_SOURCE = "rknpu2/runtime/Linux/librknn_api/aarch64 of github.com/airockchip/rknn-toolkit2"
 _NOT_ASKED = Probe((), "not asked")
 
@@ -211,6 +212,9 @@ def _librknnrt(patient: Patient) -> Finding:
     except EngineError as error:
         return Finding(name, "problem", str(error), f"copy {file} again, from {source}")
     what = f"RKNN {version or 'of unknown version'} ({found[0]})"
+    if found[0] != _LITE2_LOADS:
+        cure = f"sudo ln -s {found[0]} {_LITE2_LOADS}"
+        return Finding(name, "problem", f"{what}, but rknn-toolkit-lite2 looks for {_LITE2_LOADS} alone", cure)
     lite2 = patient.process.packages.get("rknn-toolkit-lite2", "")
     if len(found) > 1:
         what = f"{what}; also {_others(patient, found, _rknn_version)}"

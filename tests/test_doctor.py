@@ -381,13 +381,22 @@ def test_missing_libraries(board: Machine) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/usr/lib/aarch64-linux-gnu", "/usr/local/lib"])
-def test_libraries_in_other_folders(board: Machine, folder: str) -> None:
-    for path in (RKLLM, RKNN):
-        data = board.path(path).read_bytes()
-        board.remove(path)
-        board.write(f"{folder}/{Path(path).name}", data)
+def test_librkllmrt_in_other_folders(board: Machine, folder: str) -> None:
+    data = board.path(RKLLM).read_bytes()
+    board.remove(RKLLM)
+    board.write(f"{folder}/librkllmrt.so", data)
     assert board.bad() == {}
     assert folder in board.examine()["librkllmrt"].what
+
+
+@pytest.mark.parametrize("folder", ["/usr/lib/aarch64-linux-gnu", "/usr/local/lib"])
+def test_librknnrt_where_lite2_does_not_look(board: Machine, folder: str) -> None:
+    board.remove(RKNN)
+    board.write(f"{folder}/librknnrt.so", rknn("2.3.2"))
+    assert board.bad() == {"librknnrt": "problem"}
+    one = board.examine()["librknnrt"]
+    assert one.what == f"RKNN 2.3.2 ({folder}/librknnrt.so), but rknn-toolkit-lite2 looks for {RKNN} alone"
+    assert one.cure == f"sudo ln -s {folder}/librknnrt.so {RKNN}"
 
 
 def test_two_of_each_library(board: Machine) -> None:
