@@ -7,7 +7,7 @@ business; it reports the counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mmchat.errors import ContextFull, PromptError
@@ -88,7 +88,7 @@ class Sampling:
                 raise PromptError(f"{name} is {value!r}; it must be {wanted}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Sampling:

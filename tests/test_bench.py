@@ -241,6 +241,7 @@ def test_bench_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["turns"], found["slices"], found["rounds"]) == (8, 27, 1)
     assert found["wall_s"] > 0
     assert found["overhead_share"] == pytest.approx(found["wall_s"] / found["model_s"] - 1)
+    assert 0 < found["pictures_share"] < 1
     assert found["model_ms_per_token"] > 0
     assert len(said) == 2
 
@@ -264,7 +265,7 @@ def test_bench_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHAT = {
     "script": "s", "turns": 1, "tokens": 2, "slices": 3, "rounds": 5, "wall_s": 1.0, "model_s": 0.5,
-    "overhead_share": 1.0, "model_ms_per_token": 3.0, "overhead_ms_per_token": 0.25,
+    "overhead_share": 1.0, "pictures_share": 0.125, "model_ms_per_token": 3.0, "overhead_ms_per_token": 0.25,
 }  # fmt: skip
 
 

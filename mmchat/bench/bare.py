@@ -1,7 +1,7 @@
 """A worker that runs a conversation on the engine and the encoder alone, in one process, and times only these two.
 
 What `mmchat bench chat` compares the whole program with: no second process, no messages, no store on disk, and what
-the session does is not on the clock.
+the session does is not on the clock.  Reading and cutting the pictures has a clock of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.bench.script import Timed, say
+from mmchat.bench.script import Timed, pictures, say
 from mmchat.checkpoint import Checkpoint
 from mmchat.child import Handler
 from mmchat.embed_table import EmbedTable
 from mmchat.engine import Encoded
+from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.openvino_engine import OpenVinoEngine
 from mmchat.openvino_graphs import cpu_properties
 from mmchat.openvino_vision import OpenVinoEncoder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
+from mmchat.slicing import plan_slices, slice_image
 from mmchat.store import Store
+
+
+def _cut(picture: bytes, spec: ModelSpec) -> None:
+    rule = spec.slices
+    with open_image(picture) as opened:
+        plan = plan_slices(
+            *opened.size,
+            max_slice_nums=rule.max_slice_nums,
+            scale_resolution=rule.scale_resolution,
+            patch_size=rule.patch_size,
+        )
+        slice_image(opened.read(at_least=plan.refined or plan.source), plan)
 
 
 class _Encoder:
@@ -72,7 +86,11 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
             sessions[:] = [Session(spec, tokenizer, store, vision, timed, system=request["system"])]
         before = vision.seconds + timed.seconds, timed.generate_s, timed.n_tokens
         say(sessions[0], request["turn"])
+        started = time.perf_counter()
+        for picture in pictures(request["turn"]):
+            _cut(picture, spec)
         yield {
+            "pictures_s": time.perf_counter() - started,
             "model_s": vision.seconds + timed.seconds - before[0],
             "generate_s": timed.generate_s - before[1],
             "n_tokens": timed.n_tokens - before[2],

@@ -43,7 +43,9 @@ def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict
         finally:
             alone.close()
         turns = session.turns
-    wall_s, model_s, waited_s, generate_s = (_medians(taken[1:], place) for place in range(len(_Turn._fields)))
+    wall_s, model_s, pictures_s, waited_s, generate_s = (
+        _medians(taken[1:], place) for place in range(len(_Turn._fields))
+    )
     n_tokens = sum(turn.usage.n_new for turn in turns)
     return {
         "chat": {
@@ -55,6 +57,7 @@ def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict
             "wall_s": sum(wall_s),
             "model_s": sum(model_s),
             "overhead_share": sum(wall_s) / sum(model_s) - 1,
+            "pictures_share": sum(pictures_s) / sum(model_s),
             "model_ms_per_token": 1000 * statistics.median(generate_s),
             "overhead_ms_per_token": 1000 * (statistics.median(waited_s) - statistics.median(generate_s)),
         }
@@ -62,10 +65,13 @@ def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict
 
 
 class _Turn(NamedTuple):
-    """Seconds of the whole program and of the model alone; and of these, per token after an answer's first."""
+    """Seconds of the whole program, of the model alone, of reading and cutting the pictures alone; and seconds per
+    token after an answer's first, of the whole program and of the model.
+    """
 
     wall_s: float
     model_s: float
+    pictures_s: float
     waited_s: float
     generate_s: float
 
@@ -77,6 +83,7 @@ def _ask(session: Session, timed: Timed, alone: Worker, turn: int) -> _Turn:
     return _Turn(
         wall_s,
         bare_turn["model_s"],
+        bare_turn["pictures_s"],
         (timed.waited_s - waited_s) / max(1, timed.n_tokens - n_tokens),
         bare_turn["generate_s"] / max(1, bare_turn["n_tokens"]),
     )

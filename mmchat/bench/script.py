@@ -69,11 +69,15 @@ def _png(seed: int) -> bytes:
     return file.getvalue()
 
 
+def pictures(turn: int) -> list[bytes]:
+    """The new pictures of a turn, as PNG files."""
+    return [_png(seed) for seed in _TURNS[turn].new]
+
+
 def say(session: Session, turn: int) -> float:
     """Ask the question with this number, from 0; seconds until the answer's end."""
-    step = _TURNS[turn]
-    pictures = [_png(seed) for seed in step.new]
+    step, new = _TURNS[turn], pictures(turn)
     started = time.perf_counter()
-    for _ in session.ask(step.text, pictures, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS):
+    for _ in session.ask(step.text, new, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS):
         pass
     return time.perf_counter() - started
