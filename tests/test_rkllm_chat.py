@@ -177,7 +177,7 @@ def test_a_crash_for_its_length_costs_one_restart_and_is_refused_from_then_on(
 ) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
     runtime = open_board()
-    session = runtime.session()
+    session = runtime.session(policy="error")
     session.ask("Short.", **GREEDY).text  # noqa: B018
     long = "What colour is it, 1 2 3 4 5 6 7 8 9? " * 10
     with caplog.at_level(logging.WARNING), pytest.raises(ContextFull) as caught:
