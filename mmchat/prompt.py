@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +357,7 @@ class RowCounter:
 
     def __init__(self, tokenizer: ChatTokenizer, *, query_num: int, use_image_id: bool = True) -> None:
         self._tokenizer, self._query_num, self._use_image_id = tokenizer, query_num, use_image_id
-        self._known = lru_cache(maxsize=_KNOWN_MESSAGES)(self._count)
+        self._known: dict[Any, int] = {}
         out = _Assembler(tokenizer, query_num)
         out.header("assistant")
         self.header = out.finish().n_rows  # of the answer to come
@@ -366,15 +365,21 @@ class RowCounter:
     def message(self, message: Message, n_images: int = 0) -> int:
         """n_images: pictures before it in the conversation."""
         if message.ids is not None:
-            return self._known(Message(message.role, ids=()), 0) + len(message.ids)
-        parts = tuple(part if isinstance(part, Text) else Picture(part.plan) for part in message.parts)
-        has_pictures = any(isinstance(part, Picture) for part in parts)
-        return self._known(Message(message.role, parts), n_images if has_pictures else 0)
+            return self.message(Message(message.role)) + len(message.ids)
+        parts = tuple(part.plan if isinstance(part, Picture) else _short(part.text) for part in message.parts)
+        key = message.role, parts, n_images
+        if key not in self._known:
+            if len(self._known) >= _KNOWN_MESSAGES:
+                del self._known[next(iter(self._known))]
+            out = _Assembler(self._tokenizer, self._query_num)
+            out.message(message, n_images, use_image_id=self._use_image_id)
+            self._known[key] = out.finish().n_rows
+        return self._known[key]
 
-    def _count(self, message: Message, n_images: int) -> int:
-        out = _Assembler(self._tokenizer, self._query_num)
-        out.message(message, n_images, use_image_id=self._use_image_id)
-        return out.finish().n_rows
+
+def _short(text: str) -> str | bytes:
+    """The text, or where it is long something that stands for it."""
+    return text if len(text) <= 200 else hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def picture_rows(plan: SlicePlan, tokenizer: ChatTokenizer, query_num: int, image_id: int | None = 0) -> int:

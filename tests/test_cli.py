@@ -360,7 +360,7 @@ def test_chat_about_what_is_sent(red: Path, green: Path) -> None:
     assert pictures[1].endswith("green.png  (pinned)")
     for told in (
         "img2 stays as it is when the context is full",
-        "img1 is sent as a line of text from now on; /reattach img1 brings it back",
+        "img1 is a line of text from now on; /reattach img1 brings it back",
         "the model does not see img1: /images lists what it does, /reattach brings a picture back",
         "img1 is sent whole again",
         "conversation 2, after 1 turn(s); /switch goes to another",

@@ -47,7 +47,7 @@ def test_a_length_that_crashes_is_tried_once_more_and_refused_from_then_on(
     monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
     monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
     runtime = open_board()
-    session = runtime.session()
+    session = runtime.session(policy="error")
     session.ask("Short.", **GREEDY).text  # noqa: B018
     assert runtime.llm.prompt_rows == runtime.context_rows
     with caplog.at_level(logging.WARNING), pytest.raises(ContextFull) as caught:

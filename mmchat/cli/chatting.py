@@ -34,7 +34,7 @@ HELP = """\
 /drop            forget what /image attached
 /images          list the pictures of this conversation; @img2 in a question names one
 /pin WHAT        keep a picture (img2) or a turn (3) when the context is full; /unpin WHAT ends that
-/forget IMG      send a picture as a line of text only; /reattach IMG sends it whole again
+/forget IMG      make a picture a line of text; /reattach IMG sends it whole again
 /cost [QUESTION] what the next question would send and cost
 /undo [N]        take back the last turn, or the last N
 /retry           answer the last question once more
@@ -211,7 +211,7 @@ class _Repl:
 
     def _forget(self, rest: str) -> None:
         self._session.forget(_picture("/forget", rest))
-        say(f"{rest} is sent as a line of text from now on; /reattach {rest} brings it back")
+        say(f"{rest} is a line of text from now on; /reattach {rest} brings it back")
 
     def _reattach(self, rest: str) -> None:
         self._session.reattach(_picture("/reattach", rest))
