@@ -55,7 +55,7 @@ class Program:
         assert self.process.stderr
         self.errors = self.process.stderr.read().decode()
 
-    def wait_for_lines(self, n: int, timeout_s: float = 120.0) -> None:
+    def wait_for_lines(self, n: int, timeout_s: float = 1200.0) -> None:
         deadline = time.monotonic() + timeout_s
         while len(self.lines) < n and self.process.poll() is None:
             assert time.monotonic() < deadline, "nothing comes"
