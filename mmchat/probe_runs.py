@@ -22,6 +22,12 @@ SILENCE_S = 300.0
 TRIALS = 4
 ANSWER_TOKENS = 40
 EQUAL_TOKENS = 8  # answers are compared so far: later ones differ where sums are taken in another order
+_QUESTIONS = (
+    "What colour is the background?",
+    "Describe the image.",
+    "What shapes are there?",
+    "What is in the center?",
+)
 _IMAGE_ROWS = 24
 
 
@@ -63,8 +69,7 @@ class Runs:
 
     def turn(self, seed: int, answer: list[int] | None = None, *, image: int | None = None) -> Rows:
         """A question about a made-up picture; with its answer, a second question follows."""
-        colour = ("red", "blue", "green", "white")[seed % 4]
-        messages = [Message("user", (Text(f"What colour is the circle? {colour} {seed}"),))]
+        messages = [Message("user", (Text(_QUESTIONS[seed % 4]),))]
         if answer is not None:
             messages += [
                 Message("assistant", ids=tuple(answer)),

@@ -161,7 +161,7 @@ def test_the_ladder_finds_the_length_that_crashes(board: Any, monkeypatch: pytes
 @pytest.mark.usefixtures("short_ladder")
 def test_a_crash_that_does_not_repeat_is_no_limit(board: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
-    run(board())
+    run(board()).profile.path.unlink()
     n_runs = int.from_bytes((tmp_path / "count").read_bytes()[8:16], "little")
     (tmp_path / "count").unlink()
     monkeypatch.setenv("RKLLM_STANDIN_CRASH", str(n_runs - 4))  # the last of the ladder; four of memory follow

@@ -39,7 +39,7 @@ def sharded(folder: Path, n: int = 3, *, head: bool = True) -> Path:
     source = Checkpoint(DEMO)
     arrays = {name: (source.info(name).dtype, source.array(name)) for name in source}
     if head:
-        values = np.random.default_rng(0).standard_normal((592, 192)).astype(np.float16)
+        values = np.random.default_rng(0).standard_normal((800, 192)).astype(np.float16)
         arrays["llm.lm_head.weight"] = ("F16", values)
     folder.mkdir()
     weight_map = {}
@@ -71,7 +71,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_table_of_the_demo(tmp_path: Path) -> None:
     out, err = mmchat_command("convert", "table", "demo", tmp_path / "table.safetensors")
     assert out == f"{tmp_path / 'table.safetensors'}\n"
-    assert "reads 227.3 KB, writes 227.3 KB" in err
+    assert "reads 307.2 KB, writes 307.2 KB" in err
     built, source = EmbedTable.open(tmp_path / "table.safetensors"), Checkpoint(DEMO)
     np.testing.assert_array_equal(built.rows(range(built.n_ids)), source.float32("llm.model.embed_tokens.weight"))
 
@@ -251,7 +251,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path: Path, step: s
     out, _ = mmchat_command("convert", step, "demo", tmp_path / "x" / "y", "--dry-run", "--json")
     said = json.loads(out)
     assert said["dry_run"]
-    assert said["writes"] == (592 * 192 * 2 if step == "table" else 3_379_072)
+    assert said["writes"] == (800 * 192 * 2 if step == "table" else 3_458_944)
     out, _ = mmchat_command("convert", step, "demo", tmp_path / "x" / "y", "--dry-run")
     assert "takes about 1 s" in out
     assert list(tmp_path.iterdir()) == []

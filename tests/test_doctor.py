@@ -592,7 +592,7 @@ def test_models_that_are_not_whole(pc: Machine, checkpoint: Path) -> None:
         (lambda: rewrite(checkpoint, "llm.model.layers.2."), "1 of 8 layers lack tensors, as llm.model.layers.2 does"),
         (lambda: rewrite(checkpoint, "resampler."), "no tensors resampler.*"),
         (lambda: rewrite(checkpoint, "llm.model.embed_tokens."), "no tensor 'llm.model.embed_tokens.weight'"),
-        (lambda: rewrite(checkpoint, table=(192, 592)), "token rows are (192, 592), but config.json says 592 x 192"),
+        (lambda: rewrite(checkpoint, table=(192, 800)), "token rows are (192, 800), but config.json says 800 x 192"),
         (lambda: (checkpoint / "model.safetensors").write_bytes(weights[:-1]), "model.safetensors"),
         (lambda: (checkpoint / "model.safetensors").write_bytes(b"version https://git-lfs.x\n"), "Git LFS pointer"),
         (lambda: (checkpoint / "tokenizer.json").write_text('{"model"'), "tokenizer.json: not JSON"),

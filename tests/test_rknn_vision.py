@@ -114,7 +114,7 @@ def encoded(client: VisionClient, spec: ModelSpec, parts: list[NDArray[np.uint8]
     """What the store has after encoding."""
     wanted = keyed(spec, parts)
     assert client.encode(wanted).n_slices == len(parts)
-    store = Store(client.worker._config["store"])
+    store = Store(**client.worker._config["store"])
     kept = [store.get(key) for key, _ in wanted]
     return [rows for rows in kept if rows is not None]
 
