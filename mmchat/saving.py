@@ -200,8 +200,9 @@ class Keeper:
         if self.form == "reencoded":
             return name, original.keys
         self._handles[name] = handle
-        with open_image(self.picture(name)) as opened:
-            slices = slice_image(opened.read(), handle.plan)
+        data = self.picture(name)  # and cut as it will be when it is read from the bundle
+        again = Original(lambda: data, (), max_slice_nums=original.max_slice_nums, reference=original.reference)
+        slices = cut_again(again, handle.plan)
         return name, tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
 
 

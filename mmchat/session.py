@@ -286,9 +286,10 @@ class Session:
         keeper = Keeper(self._spec, self._store, images, embeddings)
         record = self._saved(keeper)
         if self.saved_to is not None and os.path.realpath(self.saved_to) == os.path.realpath(path):
-            assert self._journal is not None
-            self._journal.rewrite(record, keeper.picture, keeper.rows)
-            self._keeper, self.unsaved = keeper, None
+            with self.claim("saving"):
+                assert self._journal is not None
+                self._journal.rewrite(record, keeper.picture, keeper.rows)
+                self._keeper, self.unsaved = keeper, None
         else:
             Journal.create(path, record, keeper.picture, keeper.rows).close()
 
@@ -300,13 +301,14 @@ class Session:
 
         Raises BundleError: the file is there already (Runtime.load goes on with it), or cannot be written.
         """
-        journal = keeper = None
-        if path is not None:
-            keeper = Keeper(self._spec, self._store, images, embeddings)
-            journal = Journal.create(path, self._saved(keeper), keeper.picture, keeper.rows, overwrite=False)
-        if self._journal is not None:
-            self._journal.close()
-        self._journal, self._keeper, self.unsaved = journal, keeper, None
+        with self.claim("saving"):
+            journal = keeper = None
+            if path is not None:
+                keeper = Keeper(self._spec, self._store, images, embeddings)
+                journal = Journal.create(path, self._saved(keeper), keeper.picture, keeper.rows, overwrite=False)
+            if self._journal is not None:
+                self._journal.close()
+            self._journal, self._keeper, self.unsaved = journal, keeper, None
 
     @property
     def saved_to(self) -> Path | None:
@@ -630,7 +632,8 @@ class Session:
                     found = image.pixels()
                 except ImageError as error:
                     raise ImageError(f"{image.id} cannot be cut again: {error}") from None
-                if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in found) != image.keys:
+                own = image.original.keys if image.original else image.keys
+                if tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in found) != own:
                     raise ImageError(
                         f"{image.id} ({image.name or 'a picture'}): its saved picture is not the one it was"
                     )

@@ -207,6 +207,16 @@ def test_forms_of_pictures(setup: Setup, file: Path, tmp_path: Path, form: str) 
     assert set(other.vision.encoded) == {key for image in loaded.images for key in image.keys}
 
 
+def test_a_large_jpeg_is_read_back_as_it_was_cut(setup: Setup, file: Path, tmp_path: Path) -> None:
+    """The way back may decode it at a fraction of its size, which gives other pixels than the whole."""
+    setup.ask("Yes.", "What?", images=[photo((1600, 1200), 9)])
+    setup.chat.save(file, images="jpeg")
+    other = Other(tmp_path / "other")
+    loaded = other.load(file)
+    assert say(other, loaded, "Yes.", "And?") == "Yes."
+    assert set(other.vision.encoded) == set(loaded.images[0].keys)
+
+
 def test_jpeg_is_smaller(setup: Setup, tmp_path: Path) -> None:
     setup.ask("Yes.", "What?", images=[photo((800, 600))])
     for form in ("reencoded", "jpeg"):
@@ -302,6 +312,22 @@ def test_embeddings_spare_the_encoder(setup: Setup, file: Path, tmp_path: Path) 
     assert third.load(again).images[0].keys == theirs
     assert Bundle(again).record.images[0].keys == ours
     assert say(third, third.load(again), "Yes.", "And?") == "Yes."
+
+
+def test_some_embeddings_and_the_picture(setup: Setup, file: Path, tmp_path: Path) -> None:
+    """Those that are missing are made from the picture, those that are there are used."""
+    setup.ask("Red.", "What?", images=[photo((300, 200), 2)])
+    keys = setup.chat.images[0].keys
+    setup.store._path(keys[1]).unlink()
+    setup.chat.save(file, embeddings=True)
+    assert len(Bundle(file).keys) == len(set(keys)) - 1
+    other = Other(tmp_path / "other")
+    loaded = other.load(file)
+    for _ in range(2):
+        assert say(other, loaded, "Yes.", "And?") == "Yes."
+        assert other.vision.encoded == [keys[1]]
+        other.vision.encoded.clear()
+        other.store.clear()
 
 
 def test_embeddings_of_a_bundle_are_nobody_elses(setup: Setup, file: Path, tmp_path: Path) -> None:
