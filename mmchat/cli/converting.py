@@ -81,6 +81,34 @@ def vision_onnx(
         _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
 
 
+@app.command("vision-rknn")
+def vision_rknn(
+    onnx: Annotated[str, typer.Argument(metavar="ONNX", help="The folder that convert vision-onnx wrote.")],
+    target: Annotated[str, typer.Argument(metavar="FILE", help="The encoder to write (*.rknn).")],
+    chip: Annotated[str, typer.Option("--target", metavar="CHIP", help="rk3588 or rk3576.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Eight bits instead of float16; needs --pictures.")] = False,
+    pictures: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Pictures to check with, and to calibrate --int8 with.")
+    ] = None,
+    min_cosine: Annotated[float, typer.Option(help="How alike simulator and ONNX must be.")] = 0.999,
+    python: options.ToolkitPython = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compile the encoder for an NPU with rknn-toolkit2, and compare its PC simulator with the ONNX.
+
+    The toolkit runs in a Python environment of its own: --python or $MMCHAT_RKNN_PYTHON names its interpreter.
+    """
+    with options.errors_as_lines():
+        from mmchat.convert import toolkit
+        from mmchat.convert import vision_rknn as step
+
+        folder = Path(pictures) if pictures else None
+        plan = step.plan(Path(onnx), chip, int8=int8, pictures=folder, min_cosine=min_cosine)
+        path = Path(target)
+        _drive(plan.estimate, path, dry_run, as_json, lambda: step.run(plan, path, toolkit.RKNN.python(python), say))
+
+
 def _folder(checkpoint: str) -> Path:
     from mmchat.model_dir import model_folder
 
@@ -101,3 +129,15 @@ def _run(estimate: Estimate, target: Path, dry_run: bool, as_json: bool, run: Ca
     with Bars() as bars:
         run(bars)
     print(json.dumps(said) if as_json else target)
+
+
+def _drive(estimate: Estimate, target: Path, dry_run: bool, as_json: bool, run: Callable[[], dict[str, Any]]) -> None:
+    """The same for what a toolkit does in a process of its own.  run: gives a report, for stderr or --json."""
+    if dry_run:
+        _run(estimate, target, dry_run, as_json, lambda bars: None)
+        return
+    say(estimate.describe(target.parent))
+    report = run()
+    print(json.dumps({"target": str(target), **report}) if as_json else target)
+    if not as_json:
+        say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.items()))

@@ -51,6 +51,9 @@ PolicySteps = Annotated[
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print a table of times after each answer.")]
+ToolkitPython = Annotated[
+    str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the toolkit's environment.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
