@@ -6,6 +6,7 @@ MmchatError                     catch this one
 ├── PromptError (ValueError)    a conversation has no valid prompt
 ├── ContextFull (ValueError)    the prompt and the answer do not fit the context
 ├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
+├── OptionError (ValueError)    an option has a value that cannot be
 ├── DownloadError               something could not be fetched, or is not what it should be
 ├── DiskFull                    a result does not fit on the disk
 ├── ToolkitError                a converter of Rockchip's is missing, failed, or made something that is wrong
@@ -65,6 +66,10 @@ class ContextFull(MmchatError, ValueError):
 
 class ModelDirError(MmchatError, ValueError):
     """A model folder, or a file in it, is missing, foreign or damaged."""
+
+
+class OptionError(MmchatError, ValueError):
+    """An option has a value that cannot be; the text names both, and what can."""
 
 
 class DownloadError(MmchatError):

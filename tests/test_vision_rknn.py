@@ -22,7 +22,7 @@ from PIL import Image
 from mmchat import outputs
 from mmchat.convert import toolkit, vision_onnx, vision_rknn
 from mmchat.convert.toolkit import RKNN
-from mmchat.errors import DiskFull, ModelDirError, ToolkitError
+from mmchat.errors import DiskFull, ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import open_model
 from mmchat.rknn_file import read_rknn
 from tests.test_cli import MMCHAT, mmchat_command, refused
@@ -150,7 +150,7 @@ def test_without_the_toolkit_it_says_how_to_get_it(onnx: Path, tmp_path: Path, m
     (tmp_path / "text").chmod(0o755)
     with pytest.raises(ToolkitError, match="cannot be run"):
         vision_rknn.run(plan, tmp_path / "v.rknn", tmp_path / "text", print)
-    assert "rk3566" in refused(*words[:-1], "rk3566")
+    assert "rk3566" in refused(*words[:-1], "rk3566", code=2)
 
 
 def test_what_is_no_encoder_of_ours_is_refused(onnx: Path, tmp_path: Path, pictures: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_is_no_encoder_of_ours_is_refused(onnx: Path, tmp_path: Path, pictu
     package.save(model, tmp_path / "other.onnx")
     with pytest.raises(ModelDirError, match="its inputs and outputs are position_rows"):
         vision_rknn.plan(tmp_path / "other.onnx", "rk3588")
-    with pytest.raises(ModelDirError, match="int8 is calibrated with pictures"):
+    with pytest.raises(OptionError, match="int8 is calibrated with pictures"):
         vision_rknn.plan(onnx, "rk3588", int8=True)
     with pytest.raises(ModelDirError, match="has no pictures"):
         vision_rknn.plan(onnx, "rk3588", pictures=onnx)

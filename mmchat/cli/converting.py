@@ -109,6 +109,66 @@ def vision_rknn(
         _drive(plan.estimate, path, dry_run, as_json, lambda: step.run(plan, path, toolkit.RKNN.python(python), say))
 
 
+@app.command("llm-rkllm")
+def llm_rkllm(
+    checkpoint: Source,
+    target: Annotated[str, typer.Argument(metavar="FILE", help="The model to write (*.rkllm).")],
+    chip: Annotated[str, typer.Option("--target", metavar="CHIP", help="rk3588 or rk3576.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="rk3588: w8a8, w8a8_g128, w8a8_g256, w8a8_g512; rk3576: w4a16, w4a16_g32, w4a16_g64, w4a16_g128, "
+            "w8a8. [default: the first]",
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Rows of context: a multiple of 32, at most 16384. [default: 4096 or the model's]"),
+    ] = None,
+    optimization_level: Annotated[int, typer.Option(help="1 for precision, 0 for speed.")] = 1,
+    num_npu_core: Annotated[int | None, typer.Option(help="[default: all]")] = None,
+    algorithm: Annotated[str, typer.Option(help="normal; for w4a16 also grq (needs --device cuda) or gdq.")] = "normal",
+    hybrid_rate: Annotated[float, typer.Option(help="Share of layers with groups, from 0 to below 1.")] = 0.0,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Pictures, or the vendor's JSON of pictures and questions.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    load_dtype: Annotated[str, typer.Option(help="float32, or bfloat16 with half the memory.")] = "float32",
+    python: options.ToolkitPython = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Convert the LLM with rkllm-toolkit, from the checkpoint.  Written from its documents, never run with it.
+
+    The toolkit runs in a Python environment of its own: --python or $MMCHAT_RKLLM_PYTHON names its interpreter.
+    """
+    with options.errors_as_lines():
+        from mmchat.cli.bars import Bars
+        from mmchat.convert import llm_rkllm as step
+        from mmchat.convert import toolkit
+
+        wanted = step.Options(
+            chip,
+            step.default_dtype(chip) if dtype is None else dtype,
+            step.default_context(checkpoint) if max_context is None else max_context,
+            optimization_level,
+            num_npu_core,
+            algorithm,
+            hybrid_rate,
+            device,
+            load_dtype,
+        )
+        plan = step.plan(checkpoint, wanted, Path(calibration) if calibration else None)
+        path = Path(target)
+
+        def run() -> dict[str, Any]:
+            with Bars() as bars:
+                return step.run(plan, path, toolkit.RKLLM.python(python), say, bars)
+
+        _drive(plan.estimate, path, dry_run, as_json, run)
+
+
 def _folder(checkpoint: str) -> Path:
     from mmchat.model_dir import model_folder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmchat.engine import Sampling
-from mmchat.errors import MmchatError, PromptError, SessionError
+from mmchat.errors import MmchatError, OptionError, PromptError, SessionError
 
 if TYPE_CHECKING:
     from mmchat.context import Policy
@@ -153,7 +153,7 @@ def errors_as_lines() -> Iterator[None]:
     """What users can do something about becomes one line and an exit code; --debug shows where it came from."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OptionError) as error:
         say(error)
         raise typer.Exit(2) from None
     except (MmchatError, OSError) as error:

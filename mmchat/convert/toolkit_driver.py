@@ -64,7 +64,10 @@ def version(package: str) -> str:
 
 def known_only(call: Callable[..., Any], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(those of the values that the call takes, the names of the others): releases differ."""
-    parameters = inspect.signature(call).parameters
+    try:
+        parameters = inspect.signature(call).parameters
+    except ValueError:  # compiled, and does not tell
+        return values, []
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return values, []
     known = {name: value for name, value in values.items() if name in parameters}
@@ -126,7 +129,48 @@ def rknn(job: dict[str, Any], say: Say) -> dict[str, Any]:
     return {"toolkit": version("rknn-toolkit2"), "ignored": unknown + ignored, "outputs": compared}
 
 
-JOBS: dict[str, Callable[[dict[str, Any], Say], dict[str, Any]]] = {"rknn": rknn}
+# --- rkllm-toolkit ----------------------------------------------------------------------------------------------
+
+
+def rkllm(job: dict[str, Any], say: Say) -> dict[str, Any]:
+    """A plain Qwen2 folder -> *.rkllm.
+
+    job: model (a folder), load (options of load_huggingface), build (options of build), out (a path), samples: of
+    prompts that it is calibrated with, [{"rows": a file of (n, hidden) floats, "target": the answer, where known}].
+    """
+    say(step="import")
+    RKLLM = called("import rkllm.api", lambda: __import__("rkllm.api", fromlist=["RKLLM"]).RKLLM)
+    toolkit = RKLLM()
+    dataset = None
+    if job["samples"]:
+        dataset = "inputs.json"
+        write_dataset(job["samples"], dataset)
+    load, not_loaded = known_only(toolkit.load_huggingface, job["load"])
+    build, not_built = known_only(toolkit.build, {**job["build"], "dataset": dataset})
+    say(step="load")
+    succeeded("load_huggingface", toolkit.load_huggingface, model=job["model"], **load)
+    say(step="build")
+    succeeded("build", toolkit.build, **build)
+    say(step="export")
+    succeeded("export_rkllm", toolkit.export_rkllm, job["out"])
+    if os.path.exists(job["out"] + ".rkllm"):  # 1.3.0 was reported to add it to names that have it
+        os.replace(job["out"] + ".rkllm", job["out"])
+    return {"toolkit": version("rkllm-toolkit"), "ignored": not_loaded + not_built}
+
+
+def write_dataset(samples: list[dict[str, Any]], path: str) -> None:
+    """As the vendor's make_input_embeds_for_quantize.py does: float16 in JSON, (1, n, hidden)."""
+    import numpy as np
+
+    with open(path, "w", encoding="utf-8") as file:
+        for number, sample in enumerate(samples):
+            rows = np.load(sample["rows"]).astype(np.float16)[None]
+            known = {"target": sample["target"]} if sample.get("target") else {}
+            file.write(("[\n" if number == 0 else ",\n") + json.dumps({"input_embed": rows.tolist(), **known}))
+        file.write("\n]\n")
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Say], dict[str, Any]]] = {"rknn": rknn, "rkllm": rkllm}
 
 
 def die_with(lifeline: int) -> None:

@@ -40,7 +40,7 @@ from mmchat.convert import toolkit
 from mmchat.convert.calibration import drawn_pictures, pictures_in, views
 from mmchat.convert.step import Estimate
 from mmchat.convert.vision_onnx import MODEL_FILE, POSITIONS_FILE
-from mmchat.errors import ModelDirError, ToolkitError
+from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import POSITIONS
 from mmchat.outputs import check_space, only_writer, remove_temporary
 from mmchat.rknn_file import read_rknn
@@ -110,12 +110,12 @@ def plan(
 ) -> Plan:
     """onnx: the file, or the folder that convert vision-onnx wrote.  pictures: a folder of some.
 
-    Raises ModelDirError: no such model, or int8 without pictures.
+    Raises OptionError: an unknown target, or int8 without pictures.  ModelDirError: no such model.
     """
     if target not in TARGETS:
-        raise ModelDirError(f"target is {target!r}; known are {', '.join(TARGETS)}")
+        raise OptionError(f"the target is {target!r}; known are {', '.join(TARGETS)}")
     if int8 and pictures is None:
-        raise ModelDirError("int8 is calibrated with pictures: give a folder of some that the board will see")
+        raise OptionError("int8 is calibrated with pictures: give a folder of some that the board will see")
     found = tuple(pictures_in(pictures)) if pictures is not None else ()
     return Plan(read_encoder(onnx / MODEL_FILE if onnx.is_dir() else onnx), target, int8, found, min_cosine)
 
