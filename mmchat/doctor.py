@@ -17,6 +17,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+from mmchat import half_made
 from mmchat.checkpoint import Checkpoint
 from mmchat.doctor_npu import examine_encoder, examine_npu
 from mmchat.errors import ModelDirError
@@ -183,18 +184,25 @@ def _model(patient: Patient, model: str | Path) -> list[Finding]:
         if _is_lfs_pointer(file):
             what = f"{file}: a Git LFS pointer, not the file itself"
             return [Finding("model", "problem", what, "fetch the files themselves: git lfs pull")]
+    half = half_made.look(folder)
+    if half is not None:
+        return [Finding("model", "problem", half.what, half.cure)]
     try:
         spec = open_model(model)
         if kind == "checkpoint":
             _check_checkpoint(spec)
         encoder = [examine_encoder(patient, spec)] if spec.board and patient.soc in NPU_SOCS else []
     except ModelDirError as error:
+        if pull := half_made.interrupted_pull(folder):
+            return [Finding("model", "problem", f"{pull.what}; {error}", pull.cure)]
         what = f"it looks like {_KINDS[kind]}; {error}" if kind not in ("", "checkpoint") else str(error)
         return [Finding("model", "problem", what, cure)]
     except (OSError, ValueError) as error:
         return [Finding("model", "problem", f"{folder}: cannot be read ({error})", f"look with: ls -l {folder}")]
     size = sum(map(_size, files))
     what = f"{folder}: {_KINDS[kind] or 'a model'}, complete, {gigabytes(size)} in {len(files)} file(s)"
+    if kind == "board" and not os.path.isfile(folder / BOARD_FILE):
+        what += f"; without {BOARD_FILE}, as the community's: its encoder takes one square, to which slices are scaled"
     shape = f"{spec.llm.n_layers} layers of {spec.llm.hidden_size}, context {spec.llm.context_rows}"
     return [Finding("model", "ok", f"{what}; {shape}"), *encoder]
 

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from mmchat import half_made
 from mmchat.board_files import board_files, file_mark
 from mmchat.checkpoint import Checkpoint, read_header, weight_files
 from mmchat.engine import Sampling
@@ -42,9 +43,9 @@ _TABLE_HINT = (
     "mmchat pull --only table fetches no more than it"
 )
 _HINTS = {
-    "llm": "rkllm-toolkit converts it on a PC; copy it here",
+    "llm": "mmchat convert llm-rkllm makes it on a PC, with rkllm-toolkit; copy it here",
     "embed_table": _TABLE_HINT,
-    "vision": "copy the encoder here",
+    "vision": "copy the encoder here; mmchat convert vision-rknn makes one on a PC",
 }
 _JSON_HINT = "huggingface-cli download openbmb/MiniCPM-V-2_6 {} --local-dir {} fetches that"
 # What a *.rkllm allows without telling: a guess, which rkllm_init refuses where it is too much.
@@ -204,6 +205,8 @@ def open_model(name: str | Path) -> ModelSpec:
     folder = model_folder(name)
     if not folder.is_dir():
         raise ModelDirError(f'{folder}: no such model folder (give a folder, or "demo" for the built-in model)')
+    if half := half_made.look(folder):
+        raise ModelDirError(f"{half.what}; {half.cure}")
     needed = ("config.json", "preprocessor_config.json", "tokenizer.json")
     missing = [file for file in needed if not (folder / file).is_file()]
     is_board = (folder / BOARD_FILE).is_file()
@@ -285,7 +288,7 @@ def _check_found(folder: Path, found: Mapping[str, Path | None], missing: Sequen
     if not found["embed_table"]:
         lacks.append(f"the embedding table ({_HINTS['embed_table'].format(table)})")
     if not found["vision"]:
-        lacks.append("vision_transformer.rknn (rknn-toolkit2 converts the encoder on a PC; copy it here)")
+        lacks.append("vision_transformer.rknn (copy it here; mmchat convert board makes a folder with an exact one)")
     if lacks:
         raise ModelDirError(f"{folder}: has a model for RKLLM, but lacks {'; '.join(lacks)}")
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from mmchat.checkpoint import write_atomic
 from mmchat.errors import DiskFull, ModelDirError
+from mmchat.half_made import CONVERT_STATE
 
-_STATE = ".mmchat-convert.json"
 # Kept free, so that a command does not fill the disk to its last byte.
 _SPARE_BYTES = 50_000_000
 
@@ -87,7 +87,7 @@ class Work:
 
         Raises ModelDirError: the folder has files that were not written by this class.
         """
-        self.folder, self._path = folder, folder / _STATE
+        self.folder, self._path = folder, folder / CONVERT_STATE
         source = json.loads(json.dumps(source))
         self._state: dict[str, Any] = {"source": source, "done": {}}
         try:

@@ -34,10 +34,11 @@ from mmchat.checkpoint import (
 )
 from mmchat.errors import DownloadError, ModelDirError
 from mmchat.fetch import Piece, Span
+from mmchat.half_made import PULL_RECORD
 from mmchat.outputs import check_space, only_writer, remove_temporary
 
 PARTS = ("all", "llm", "table", "vision")
-RECORD = ".mmchat-pull.json"
+RECORD = PULL_RECORD
 TABLE_FILE, VISION_FILE = "embed_table.safetensors", "vision.safetensors"
 _INDEX = "model.safetensors.index.json"
 _NEEDED = ("config.json", "preprocessor_config.json", "tokenizer.json")

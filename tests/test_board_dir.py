@@ -159,7 +159,7 @@ def test_a_missing_part_of_an_encoder_is_named_with_its_cure(navit: Path, name: 
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        (LLM, "rkllm-toolkit converts it"),
+        (LLM, "mmchat convert llm-rkllm makes it"),
         (TABLE, f"mmchat convert table CHECKPOINT {TABLE} makes it"),
         (VISION, "copy the encoder"),
         ("tokenizer.json", "from the published checkpoint"),

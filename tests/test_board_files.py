@@ -114,7 +114,7 @@ def test_everything_that_is_missing_is_named_with_what_makes_it(folder: Path) ->
     assert text.startswith(f"{folder}: has a model for RKLLM, but lacks config.json, tokenizer.json (huggingface-cli ")
     assert f"download openbmb/MiniCPM-V-2_6 config.json tokenizer.json --local-dir '{folder}' fetches" in text
     assert f"mmchat convert table CHECKPOINT {folder / 'embed_tokens.safetensors'} makes it" in text
-    assert "vision_transformer.rknn (rknn-toolkit2 converts" in text
+    assert "vision_transformer.rknn (copy it here; mmchat convert board" in text
 
 
 def test_an_encoder_that_needs_its_description_says_so(folder: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from mmchat.checkpoint import Checkpoint, write_tensors
 from mmchat.doctor import examine
+from mmchat.half_made import BOARD_STATE, CONVERT_STATE, PULL_RECORD
 from mmchat.patient import Finding, Process
 from mmchat.rkllm_abi import FAMILIES, FAMILY_OF_VERSION
 from tests.rkllm_standin.__main__ import VISION_MODES, write_board_folder
@@ -616,6 +617,51 @@ def test_folders_of_other_kinds_are_recognised(pc: Machine, tmp_path: Path, file
     one = pc.examine(tmp_path)["model"]
     assert one.status == "problem"
     assert f"it looks like {kind}" in one.what
+
+
+def test_folders_that_are_half_made(pc: Machine, tmp_path: Path) -> None:
+    """Each is named, with what it has, what it lacks, and the command that goes on."""
+
+    def told(name: str, **state: object) -> str:
+        folder = tmp_path / "half made"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(state))
+        one = pc.examine(folder)["model"]
+        assert one.status == "problem"
+        return f"{one.what} | {one.cure}"
+
+    folder = tmp_path / "half made"
+    facts = {"checkpoint": "/a b/c", "target": "rk3576", "steps": ["small files", "encoder", "LLM"], "lacks": []}
+    assert "it has small files, and lacks encoder, LLM | mmchat convert board '/a b/c'" in told(
+        BOARD_STATE, facts=facts, steps={"small files": {}}
+    )
+    done: dict[str, object] = {name: {} for name in facts["steps"]}
+    lacking = {**facts, "lacks": ["model.rkllm, which X makes"]}
+    assert "lacks model.rkllm, which X makes | that command is:" in told(BOARD_STATE, facts=lacking, steps=done)
+    assert "was not checked yet" in told(BOARD_STATE, facts=facts, steps=done)
+    for garbage in ({"facts": 7, "steps": []}, {"facts": {"steps": 7}}):
+        told(BOARD_STATE, **garbage)
+    (folder / BOARD_STATE).unlink()
+    assert "ONNX" in told(CONVERT_STATE, source={"step": "vision-onnx"})
+    assert "goes on where it was" in told(CONVERT_STATE, source={"step": "llm-checkpoint"})
+    (folder / "config.json").write_text("{}")
+    assert "it is for transformers or rkllm-toolkit" in told(CONVERT_STATE, source={"step": "llm-checkpoint"})
+    (folder / CONVERT_STATE).unlink()
+    (folder / ".model-00002-of-00004.safetensors.part").write_bytes(b"x")
+    assert "interrupted at model-00002-of-00004.safetensors; " in told(PULL_RECORD, repo="openbmb/MiniCPM-V-2_6")
+    assert "| mmchat pull openbmb/MiniCPM-V-2_6 --to" in told(PULL_RECORD, repo="openbmb/MiniCPM-V-2_6")
+
+
+def test_a_folder_as_the_community_publishes_it(board: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(folders["square"], folder)
+    (folder / "mmchat.json").unlink()
+    (folder / "vision_positions.safetensors").unlink(missing_ok=True)
+    assert "as the community's: its encoder takes one square" in board.examine(folder)["model"].what
+    (folder / "vision.rknn").unlink()
+    one = board.examine(folder)["model"]
+    assert "lacks vision_transformer.rknn" in one.what
+    assert "mmchat convert board" in one.what
 
 
 @pytest.mark.parametrize("name", ["/none/such", "", "~nobody-of-that-name/x", "a\0b", "x" * 300, "/dev/null"])

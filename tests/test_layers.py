@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmchat"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "vision_inputs", "patient"),
     ("slicing", "frames", "sections", "checkpoint", "store", "engine", "rkllm_abi", "rknn_file"),
-    ("board_files",),
+    ("board_files", "half_made"),
     (
         "images",
         "decoding",

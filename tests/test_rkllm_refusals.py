@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, str], list[str], st
         lambda folder: None, {"MMCHAT_RKLLM_LIB": "/nowhere.so"}, [], "no RKLLM library: /nowhere.so is not there",
     ),
     "a truncated library": (cut_library, {}, [], "truncated or damaged .5000 bytes.; copy it again"),
-    "no model": (lambda folder: (folder / LLM).unlink(), {}, [], f"lacks {LLM}; rkllm-toolkit converts it on a PC"),
+    "no model": (lambda folder: (folder / LLM).unlink(), {}, [], f"lacks {LLM}; mmchat convert llm-rkllm makes it"),
     "a truncated model": (cut_model, {}, [], f"{LLM}: has 5000 bytes, not [0-9]+; copy it again"),
     "a table of another width than the model": (
         narrow_table, {}, [], f"{TABLE}: rows 592 x 64, but the model is 192 wide",

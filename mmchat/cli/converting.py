@@ -169,6 +169,68 @@ def llm_rkllm(
         _drive(plan.estimate, path, dry_run, as_json, run)
 
 
+@app.command()
+def board(
+    checkpoint: Source,
+    target: Annotated[str, typer.Argument(metavar="DIR", help="The board's folder.")],
+    chip: Annotated[str, typer.Option("--target", metavar="CHIP", help="rk3588 or rk3576.")],
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="As in convert llm-rkllm.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="As in convert llm-rkllm; or that of --llm.")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="PATH", help="As in convert llm-rkllm.")] = None,
+    load_dtype: Annotated[str, typer.Option(help="As in convert llm-rkllm.")] = "float32",
+    llm: Annotated[str | None, typer.Option(metavar="FILE", help="A *.rkllm that is there already.")] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="Do without a toolkit: vision (the CPU encodes then) or llm; repeatable."),
+    ] = None,
+    rknn_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Python of rknn-toolkit2. [default: $MMCHAT_RKNN_PYTHON]")
+    ] = None,
+    rkllm_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Python of rkllm-toolkit. [default: $MMCHAT_RKLLM_PYTHON]")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a whole board folder: token rows, encoder, LLM, small files, mmchat.json.
+
+    Interrupted, it goes on with the step where it was; what is done is known by digest.
+    """
+    with options.errors_as_lines():
+        from mmchat.cli.bars import Bars
+        from mmchat.convert import board as step
+        from mmchat.convert import llm_rkllm, toolkit
+        from mmchat.outputs import check_space, free_bytes
+
+        context = llm_rkllm.default_context(checkpoint) if max_context is None else max_context
+        wanted = llm_rkllm.Options(chip, dtype or llm_rkllm.default_dtype(chip), context, load_dtype=load_dtype)
+        plan = step.plan(
+            checkpoint,
+            wanted,
+            skip=skip or (),
+            llm=Path(llm) if llm else None,
+            calibration=Path(calibration) if calibration else None,
+            rknn_python=lambda: toolkit.RKNN.python(rknn_python, option="--rknn-python"),
+            rkllm_python=lambda: toolkit.RKLLM.python(rkllm_python, option="--rkllm-python"),
+        )
+        path = Path(target)
+        said: dict[str, Any] = {
+            "target": str(path),
+            "dry_run": dry_run,
+            "steps": [{"name": one.name, "files": one.files, **one.estimate.to_dict()} for one in plan.steps],
+            "lacks": plan.lacks,
+        }
+        if dry_run:
+            lines = [f"{one.name} ({', '.join(one.files)}): {one.estimate.describe(path)}" for one in plan.steps]
+            lines += [f"all: {plan.estimate.describe(path)}", *(f"will lack {one}" for one in plan.lacks)]
+            print(json.dumps({**said, "free": free_bytes(path)}) if as_json else options.printable("\n".join(lines)))
+            check_space(path, plan.estimate.writes)
+            return
+        with Bars() as bars:
+            step.run(plan, path, say, bars)
+        print(json.dumps(said) if as_json else path)
+
+
 def _folder(checkpoint: str) -> Path:
     from mmchat.model_dir import model_folder
 

@@ -36,7 +36,9 @@ class Toolkit:
     variable: str
     install: str
 
-    def python(self, given: str | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    def python(
+        self, given: str | None = None, environ: Mapping[str, str] = os.environ, *, option: str = "--python"
+    ) -> Path:
         """The interpreter that has it: given, or the variable's.
 
         Raises ToolkitError: neither, or no such program.
@@ -44,7 +46,7 @@ class Toolkit:
         name = given or environ.get(self.variable)
         if not name:
             raise ToolkitError(
-                f"{self.name} runs in a Python environment of its own: name its interpreter with --python or "
+                f"{self.name} runs in a Python environment of its own: name its interpreter with {option} or "
                 f"${self.variable}; {self.install}"
             )
         found = shutil.which(os.path.expanduser(name))

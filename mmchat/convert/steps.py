@@ -1,0 +1,107 @@
+"""A folder that is made in steps, each of which makes some of its files: what is done is known by digest.
+
+Steps write into a hidden folder beside the results; a step is finished by writing down the digests of its files and
+then moving them.  So whatever is killed when, a file in the folder is whole, and no finished step is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmchat.checkpoint import write_atomic
+from mmchat.convert.step import Progress
+from mmchat.errors import ModelDirError
+from mmchat.half_made import BOARD_STATE, read_state
+from mmchat.outputs import remove_temporary
+
+WORK = ".mmchat-board.work"
+_BLOCK = 1 << 20
+
+
+class Steps:
+    """Only for the only_writer of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelDirError: the folder has files that no steps made."""
+        self.folder, self.work = folder, folder / WORK
+        self._path = folder / BOARD_STATE
+        self._state = read_state(self._path)
+        if not all(isinstance(self._state.get(name, {}), dict) for name in ("facts", "steps")):
+            self._state = {}
+        if not self._state:
+            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            if others:
+                raise ModelDirError(f"{folder}: has files already ({others[0]}); give an empty folder")
+        self.work.mkdir(exist_ok=True)
+
+    def start(self, **facts: Any) -> None:
+        """What the folder is made from, for whoever looks at it before it is complete."""
+        self._state["facts"] = facts
+        self._save()
+
+    def is_done(self, step: str, key: Any, progress: Progress) -> bool:
+        """Whether the step's files are there, made with this key, and have their digests."""
+        told = self._state.get("steps", {}).get(step)
+        if not told or told.get("key") != _plain(key):
+            return False
+        for name, known in told["files"].items():
+            path = self.folder / name if (self.folder / name).is_file() else self.work / name
+            if not path.is_file() or path.stat().st_size != known["bytes"] or sha256(path, progress) != known["sha256"]:
+                return False
+            if path.parent == self.work:  # killed before it was moved
+                os.replace(path, self.folder / name)
+        return True
+
+    def begin(self, step: str) -> None:
+        """Nothing of it counts as done, and the files of one that was made otherwise go."""
+        told = self._state.get("steps", {}).pop(step, None)
+        if told:
+            self._save()
+            for name in told["files"]:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def finish(self, step: str, key: Any, names: list[str], report: dict[str, Any], progress: Progress) -> None:
+        """The step's files lie in self.work and are complete."""
+        files = {
+            name: {"bytes": (self.work / name).stat().st_size, "sha256": sha256(self.work / name, progress)}
+            for name in names
+        }
+        self._state.setdefault("steps", {})[step] = {"key": _plain(key), "files": files, "report": report}
+        self._save()
+        for name in names:
+            os.replace(self.work / name, self.folder / name)
+
+    def files(self, *steps: str) -> dict[str, dict[str, Any]]:
+        """Name -> {"bytes", "sha256"}, of these steps."""
+        return {name: known for step in steps for name, known in self._state["steps"][step]["files"].items()}
+
+    def reports(self) -> dict[str, Any]:
+        return {step: told["report"] for step, told in self._state.get("steps", {}).items() if told["report"]}
+
+    def clear(self) -> None:
+        """Remove what lay in work; the digests stay."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _save(self) -> None:
+        remove_temporary(self._path)
+        write_atomic(self._path, lambda file: file.write(json.dumps(self._state).encode()))
+
+
+def sha256(path: Path, progress: Progress) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            done += len(block)
+            progress(f"digest of {path.name}", done, max(done, total))
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read again."""
+    return json.loads(json.dumps(value))
