@@ -181,7 +181,7 @@ GO = RUN + (
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(made: Path, tmp_path: Path) -> None:
     """kill -9, again and again, until one run is left alone."""
-    n_kills = 50 if settings().max_examples > 1000 else 4
+    n_kills = 50 if settings().max_examples > 1000 else 3
     folder, python = tmp_path / "board", write_python(tmp_path / "python")
 
     def start() -> subprocess.Popen[str]:

@@ -85,15 +85,16 @@ def test_a_model_and_its_report(onnx: Path, tmp_path: Path) -> None:
     assert told == [f"rknn-toolkit2: {step}" for step in steps]
 
 
-def test_the_command(onnx: Path, tmp_path: Path, pictures: Path) -> None:
-    """int8, calibrated with pictures in a folder with a blank; the Python from the environment."""
+def test_the_command(onnx: Path, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8, calibrated with pictures in a folder with a blank; names relative; the Python from the environment."""
     env = {"MMCHAT_RKNN_PYTHON": str(write_python(tmp_path / "python"))}
-    words = ("convert", "vision-rknn", onnx, tmp_path / "o u t" / "v.rknn", "--target", "rk3576")
+    words = ("convert", "vision-rknn", onnx, Path("o u t") / "v.rknn", "--target", "rk3576")
+    monkeypatch.chdir(tmp_path)
     out, _ = mmchat_command(*words, "--dry-run", "--json", env=env)
     assert json.loads(out)["memory"] > 500_000_000
     assert not (tmp_path / "o u t").exists()
     out, err = mmchat_command(*words, "--int8", "--pictures", pictures, env=env)
-    assert out == f"{tmp_path / 'o u t' / 'v.rknn'}\n"
+    assert out == "o u t/v.rknn\n"
     assert "rknn-toolkit2: simulator" in err
     report = json.loads((tmp_path / "o u t" / "v.rknn.json").read_text())
     assert (report["precision"], report["views"]) == ("int8", 2)

@@ -70,7 +70,7 @@ def run(toolkit: Toolkit, python: Path, job: dict[str, Any], work: Path, log: Pa
 
     Raises ToolkitError: the package is not there, a call failed, or the process crashed.
     """
-    path = work / "job.json"
+    path = (work / "job.json").absolute()  # the process has another current folder
     path.write_text(json.dumps(job))
     step, answer = "start", None
     with log.open("wb") as output, _started(python, path, work, output) as (process, events):

@@ -58,18 +58,15 @@ class RKNN:
         return 0
 
     def export_rknn(self, export_path: str, **kwargs: Any) -> int:
-        import onnx
-
-        graph = onnx.load(self._model, load_external_data=False).graph
+        session = self._session()
         tensors: list[dict[str, Any]] = []
         edges: list[dict[str, Any]] = []
-        for side, several in (("input", graph.input), ("output", graph.output)):
+        for side, several in (("input", session.get_inputs()), ("output", session.get_outputs())):
             for number, one in enumerate(several):
-                shape = [d.dim_value for d in one.type.tensor_type.shape.dim]
                 edges.append(
                     {"left": side, "left_tensor_id": number, "right": "norm_tensor", "right_tensor_id": len(tensors)}
                 )
-                tensors.append({"tensor_id": len(tensors), "url": one.name, "size": shape})
+                tensors.append({"tensor_id": len(tensors), "url": one.name, "size": one.shape})
         told = {
             "target_platform": [FAKE.get("chip", self._target)],
             "version": "2.5.0",
@@ -84,20 +81,23 @@ class RKNN:
         return 0 if target is None and self._built else -1
 
     def inference(self, inputs: list[Any], data_format: Any = None) -> list[Any] | None:
-        import onnxruntime
-
         if FAKE.get("inference") == "none":
             print("E inference: no", file=sys.stderr)
             return None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+        session = self._session()
         outputs = session.run(None, dict(zip([one.name for one in session.get_inputs()], inputs, strict=True)))
         noise = np.random.default_rng(0).standard_normal(outputs[0].shape) * FAKE.get("noise", 1e-3)
         outputs[0] = (outputs[0] + noise).astype(np.float16)
         if FAKE.get("inference") == "nan":
             outputs[0][:] = np.nan
         return list(outputs)
+
+    def _session(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
 
     def release(self) -> None:
         shutil.rmtree("tmp", ignore_errors=True)
