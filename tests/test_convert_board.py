@@ -96,6 +96,9 @@ def test_what_is_done_is_not_done_again(made: Path, tmp_path: Path) -> None:
     told = convert(folder, options=llm_rkllm.Options("rk3588", "w8a8_g128", max_context=1024))
     assert "LLM: done before" not in told
     assert json.loads((folder / "conversion.json").read_text())["LLM"]["dtype"] == "w8a8_g128"
+    model = (folder / "model.rkllm").read_bytes()
+    convert(folder, llm=folder / "model.rkllm")  # its own, as somebody's
+    assert (folder / "model.rkllm").read_bytes() == model
 
 
 def test_without_rkllm_toolkit_the_folder_is_finished_later(tmp_path: Path) -> None:

@@ -40,17 +40,14 @@ def model(folder: Path) -> Any:
 
 def inputs(pixels: NDArray[np.uint8], n: int, positions: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
     """What the host feeds, padded to n patches."""
-    rows, columns = pixels.shape[0] // 14, pixels.shape[1] // 14
-    filler = ((0, n - rows * columns), (0, 0))
-    key_mask = np.zeros((1, 1, n), np.float32)
-    key_mask[..., rows * columns :] = vision_inputs.MASKED
-    ids = vision_inputs.position_ids(rows, columns, SPEC.vision.position_side)
-    return {
-        "patches": np.pad(vision_inputs.patches(pixels, 14), filler)[None],
-        "position_rows": np.pad(positions[ids], filler)[None],
-        "key_mask": key_mask,
-        "key_positions": np.pad(vision_inputs.sincos_positions(rows, columns, SPEC.vision.output_size), filler)[None],
-    }
+    return vision_inputs.host_inputs(
+        vision_inputs.patches(pixels, 14),
+        pixels.shape[0] // 14,
+        pixels.shape[1] // 14,
+        positions=positions,
+        output_size=SPEC.vision.output_size,
+        n=n,
+    )
 
 
 def views(n: int) -> list[NDArray[np.uint8]]:

@@ -18,7 +18,7 @@ from typing import Any
 from mmchat.checkpoint import Checkpoint, blocks, write_atomic, write_raw_tensors
 from mmchat.convert import llm_rkllm, table, toolkit, vision_onnx, vision_rknn
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
-from mmchat.convert.steps import Steps
+from mmchat.convert.steps import WORK, Steps
 from mmchat.errors import ModelDirError, OptionError
 from mmchat.model_dir import BOARD_FILE, ModelSpec, check_digests, open_model
 from mmchat.outputs import check_space, only_writer, remove_temporary, stamp
@@ -133,7 +133,7 @@ def run(plan: Plan, folder: Path, tell: toolkit.Tell, progress: Progress) -> Non
                 tell(f"{step.name}: done before")
                 continue
             tell(f"{step.name}: {step.estimate.describe(folder)}")
-            steps.begin(step.name)
+            steps.begin(step.name, step.files)
             steps.finish(step.name, step.key, list(step.files), step.make(steps.work, tell, progress), progress)
         if not plan.lacks:
             _describe(plan, folder, steps)
@@ -189,7 +189,7 @@ def _table(spec: ModelSpec, made_from: Any) -> Step:
         table.run(spec.folder, work / TABLE, progress)
         return {}
 
-    return Step("embedding table", (TABLE,), made_from, table.plan(spec.folder, Path(TABLE)), make)
+    return Step("embedding table", (TABLE,), made_from, table.plan(spec.folder, Path(WORK) / TABLE), make)
 
 
 def _cpu_vision(spec: ModelSpec, made_from: Any) -> Step:

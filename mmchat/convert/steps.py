@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ class Steps:
                 os.replace(path, self.folder / name)
         return True
 
-    def begin(self, step: str) -> None:
-        """Nothing of it counts as done, and the files of one that was made otherwise go."""
+    def begin(self, step: str, names: Collection[str]) -> None:
+        """Nothing of it counts as done; where it was made otherwise, the files go that it will not replace."""
         told = self._state.get("steps", {}).pop(step, None)
         if told:
             self._save()
-            for name in told["files"]:
+            for name in set(told["files"]) - set(names):
                 (self.folder / name).unlink(missing_ok=True)
 
     def finish(self, step: str, key: Any, names: list[str], report: dict[str, Any], progress: Progress) -> None:
