@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -97,7 +98,7 @@ def plan(
     if llm is not None:
         steps.append(_given_llm(llm))
     elif "llm" in skip:
-        made = f"mmchat convert llm-rkllm {spec.folder} {LLM} --target {options.target} makes it"
+        made = f"mmchat convert llm-rkllm {shlex.quote(str(checkpoint))} {LLM} --target {options.target} makes it"
         lacks.append(f"{LLM}, the LLM: {made}; then run this command again with --llm {LLM} instead of --skip llm")
     else:
         steps.append(_llm(converted, made_from, rkllm_python))
@@ -125,7 +126,7 @@ def run(plan: Plan, folder: Path, tell: toolkit.Tell, progress: Progress) -> Non
         for step in todo:  # before hours of work
             if step.python:
                 step.python()
-        if todo or plan.lacks:  # until the end: it would describe other files
+        if todo:  # until the end: it would describe other files
             (folder / BOARD_FILE).unlink(missing_ok=True)
         check_space(folder, sum(step.estimate.writes for step in todo))
         for step in plan.steps:
@@ -139,7 +140,8 @@ def run(plan: Plan, folder: Path, tell: toolkit.Tell, progress: Progress) -> Non
             _describe(plan, folder, steps)
             check_digests(open_model(folder), lambda name: tell(f"checking {name}"))
         steps.clear()
-    for one in plan.lacks:
+        complete = (folder / BOARD_FILE).is_file()  # skipping a part that is there takes nothing away
+    for one in () if complete else plan.lacks:
         tell(f"the folder is not complete: it lacks {one}")
 
 

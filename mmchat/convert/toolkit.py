@@ -55,9 +55,7 @@ class Toolkit:
         return Path(os.path.abspath(found))  # not resolved: a venv's python is a link
 
 
-RKNN = Toolkit(
-    "rknn-toolkit2", "rknn.api", "MMCHAT_RKNN_PYTHON", "docs/board.md says how that is installed (x86-64 or aarch64)"
-)
+RKNN = Toolkit("rknn-toolkit2", "rknn.api", "MMCHAT_RKNN_PYTHON", "docs/board.md says how that is installed")
 RKLLM = Toolkit("rkllm-toolkit", "rkllm.api", "MMCHAT_RKLLM_PYTHON", "docs/board.md says where it is had (x86-64 only)")
 
 
