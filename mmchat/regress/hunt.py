@@ -1,8 +1,9 @@
 """Look for a talk that fails, for so many minutes, and make it small.
 
-First come a few talks, one per habit that breaks libraries; then hypothesis, whose example database remembers what
-failed before; it stops at the first failure and shrinks it.  What it leaves is then made smaller by taking things away
-from it, and the length of a prompt by halving.
+First come a few talks, one per habit that breaks libraries, and longer and longer prompts, as far as the time allows;
+then hypothesis, whose example database remembers what failed before.  The first failure is made small by taking things
+away from it, which costs few runs, and the length of a prompt by halving; then hypothesis shrinks it in its own way,
+where there is more to shrink.
 """
 
 from __future__ import annotations
@@ -31,16 +32,23 @@ from mmchat.runtime import Runtime
 
 _SHRINK_S = 60.0  # that a failure in the last minute still gets
 _SAY_EVERY_S = 20.0
+_LONGEST_PART = 0.1  # of the time, that a single prompt may take
 
 _COLOUR = "What colour is the background?"
-OPENINGS = (
+HABITS = (
     Talk((Step(),)),
     Talk((Step(text="Describe the image.", max_new_tokens=16), Step(text="Say it again.", max_new_tokens=16))),
+    Talk((Step(text="Describe the image.", pictures=(Sketch(2),), max_new_tokens=16), Step(text=_COLOUR))),
     Talk((Step(text=_COLOUR, pictures=(Sketch(0),)), Step("edit", text=_COLOUR, pictures=(Sketch(2),)))),
     Talk((Step(text=_COLOUR, pictures=(Sketch(0),)), Step(session=1, text=_COLOUR, pictures=(Sketch(3),)))),
     Talk((Step(text=_COLOUR, pictures=(Sketch(1, 640, 480),)), Step("again"))),
     Talk((Step(text="Describe the image.", max_new_tokens=32, cancel_after=1), Step(text="Say it again."))),
 )
+
+
+def lengths(cap: int) -> list[int]:
+    """Rows of plain prompts, longer and longer; and what is just beyond the cap, which costs nothing."""
+    return [*(1 << i for i in range(6, 20) if 1 << i < cap - 1), cap - 1, cap, cap + 1]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Outcome:
 
     failure: the failing talk, made small; None where nothing failed.  flaky: seen once, and not again on new workers.
     facts: of model, library and strategies.  seconds: it took.  n_*: what was played; longest: rows of one prompt.
+    most_rows: longer prompts were not drawn, for the time did not allow them; None: all were.
     """
 
     failure: Failure | None
@@ -60,6 +69,7 @@ class Outcome:
     n_turns: int
     n_requests: int
     longest: int
+    most_rows: int | None = None
 
     @property
     def good(self) -> bool:
@@ -111,7 +121,7 @@ def hunt(
     failure = search.run(seed, database)
     if failure is not None:
         record_crash(runtime, failure)
-    return _outcome(search.trial, failure, seed, started)
+    return replace(_outcome(search.trial, failure, seed, started), most_rows=search.most_rows)
 
 
 def record_crash(runtime: Runtime, failure: Failure) -> None:
@@ -148,29 +158,42 @@ class _Search:
     def __init__(self, runtime: Runtime, deadline: float, say: Callable[[str], None]) -> None:
         self.trial = Trial(runtime)
         self._runtime, self._deadline, self._say = runtime, deadline, say
+        self._allowed_s = deadline - time.monotonic()
+        self.most_rows: int | None = None  # that a prompt may have, for the time; None: all
         self._best: Failure | None = None
         self._said = time.monotonic()
 
     def run(self, seed: int, database: Path) -> Failure | None:
-        try:
-            for talk in OPENINGS:
-                if self._failed(talk) is not None:
-                    break
-            else:
+        with contextlib.suppress(_Over):
+            if not any(self._fails(talk) for talk in HABITS) and not self._climb():
                 self._draw(seed, database)
-        except _Over:
-            pass
-        if self._best is not None:
-            self._deadline = max(self._deadline, time.monotonic() + _SHRINK_S)
-            self._say(f"fails: {self._best.what}; making it smaller")
-            with contextlib.suppress(_Over):
-                self._narrow()
         return self._best
+
+    def _fails(self, talk: Talk) -> bool:
+        """Then it is made small at once."""
+        if self._failed(talk) is None:
+            return False
+        self._narrow()
+        return True
+
+    def _climb(self) -> bool:
+        """Longer and longer prompts, as far as the time allows.  Whether one fails."""
+        cap, seconds, before = self._runtime.context_rows, 0.0, 1
+        for rows in lengths(cap):
+            predicted = seconds * (rows / before) ** 1.5
+            if rows < cap and predicted > _LONGEST_PART * self._allowed_s:
+                self.most_rows = min(before, self.most_rows or before)
+                continue
+            started = time.monotonic()
+            if self._fails(Talk((Step(rows=rows, max_new_tokens=1),))):
+                return True
+            if rows < cap:
+                seconds, before = time.monotonic() - started, rows
+        return False
 
     def _draw(self, seed: int, database: Path) -> None:
         set_hypothesis_home_dir(database)
 
-        @hypothesis.seed(seed)
         @settings(
             max_examples=10_000_000,  # the time ends it
             database=DirectoryBasedExampleDatabase(database / "examples"),
@@ -181,11 +204,15 @@ class _Search:
             print_blob=False,
             suppress_health_check=list(HealthCheck),
         )
-        @given(talk=conversations(self._runtime))
+        @hypothesis.seed(seed)  # inside of settings, or there is no database
+        @given(talk=conversations(self._runtime, max_rows=self.most_rows))
         def try_one(talk: Talk) -> None:
+            is_first = self._best is None
             failure = self._failed(talk)
             if failure is not None:
-                failure.raise_()
+                if is_first:
+                    self._narrow()
+                failure.raise_()  # so that the database has it, and hypothesis makes it small in its own way
 
         with contextlib.suppress(Broken):  # it is in self._best
             try_one()
@@ -202,22 +229,29 @@ class _Search:
                 f"{player.watch.longest}, {max(0, self._deadline - now):.0f} s left"
             )
         failure = self.trial.attempt(talk)
-        if failure is not None:
-            if self._best is None:  # hypothesis shrinks for half of what is left, at most
-                self._deadline = now + max(_SHRINK_S, self._deadline - now) / 2
-            if self._best is None or failure.size < self._best.size:
-                self._best = failure
+        if failure is not None and (self._best is None or failure.size < self._best.size):
+            self._best = failure
         return failure
 
     def _narrow(self) -> None:
-        """Take away what is not needed, until nothing can go.  Raises _Over."""
+        """Take away what is not needed, until nothing can go; then hypothesis has as much time again, if need be."""
+        assert self._best is not None
+        self._say(f"fails: {self._best.what}; making it smaller")
+        self._deadline = time.monotonic() + _SHRINK_S
+        with contextlib.suppress(_Over):
+            self._take_away()
+            if len(self._best.talks) == 1:
+                for number, step in enumerate(self._best.talks[0].steps):
+                    if step.rows:
+                        self._halve(number)
+        (steps,) = (talk.steps for talk in self._best.talks[-1:])
+        is_small = len(steps) == 1 and (steps[0].rows or steps[0].text == Step().text) and not steps[0].pictures
+        self._deadline = time.monotonic() + (0 if is_small else _SHRINK_S / 2)
+
+    def _take_away(self) -> None:
         while (best := self._best) is not None and len(best.talks) == 1:
             if not any(self._is_smaller(talk, best) for talk in _smaller(best.talks[0], best.rows)):
                 break
-        if best is not None and len(best.talks) == 1:
-            for number, step in enumerate(best.talks[0].steps):
-                if step.rows:
-                    self._halve(number)
 
     def _is_smaller(self, talk: Talk, best: Failure) -> bool:
         """Whether it fails the same way; then it is the best."""
@@ -229,6 +263,8 @@ class _Search:
         assert self._best is not None
         talk = self._best.talks[0]
         low, high = 1, talk.steps[number].rows
+        if len(talk.steps) == 1 and self._best.rows:  # shorter ones were seen to work
+            low = min(self.trial.player.watch.worked + 1, high)
         while low < high:
             middle = (low + high) // 2
             if self._failed(_with(talk, number, rows=middle)) is not None:
@@ -257,6 +293,7 @@ def _smaller(talk: Talk, crash_rows: int) -> Iterator[Talk]:
             {"max_new_tokens": 1},
             {"max_new_tokens": min(step.max_new_tokens, plain.max_new_tokens)},
             {"session": 0},
+            {"turn": 1},
             {"do": "ask"} if step.do in ASKING else {},
         ):
             changed = _with(talk, number, **changes)

@@ -31,6 +31,7 @@ def to_dict(outcome: Outcome, saved: Path | None) -> dict[str, Any]:
         "turns": outcome.n_turns,
         "requests": outcome.n_requests,
         "longest_prompt": outcome.longest,
+        "most_rows": outcome.most_rows,
         "failure": _failure(outcome.failure),
         "flaky": [_failure(failure) for failure in outcome.flaky],
         "replay": str(saved) if saved else None,
@@ -43,7 +44,7 @@ def to_text(outcome: Outcome, saved: Path | None) -> str:
         ("model", f"{found['model']}, {found['context_rows']} rows of context"),
         ("strategy", ", ".join(found.get("strategies", [found["strategy"]]))),
         ("played", f"{outcome.n_talks} conversations, {outcome.n_turns} turns, {outcome.n_requests} answers"),
-        ("longest", f"a prompt of {outcome.longest} rows"),
+        ("longest", f"a prompt of {outcome.longest} rows{_cut(outcome.most_rows)}"),
         ("seconds", f"{outcome.seconds:g}{'' if outcome.seed is None else f', seed {outcome.seed}'}"),
     ]
     if outcome.failure:
@@ -112,6 +113,10 @@ def _failure(failure: Failure | None) -> dict[str, Any] | None:
 
 def _steps(talk: dict[str, Any]) -> list[str]:
     return [f"{number}. {json.dumps(step, ensure_ascii=True)}" for number, step in enumerate(talk["steps"], 1)]
+
+
+def _cut(most_rows: int | None) -> str:
+    return "" if most_rows is None else f"; above {most_rows} they take too long for the time: give more --minutes"
 
 
 def _clean(text: str) -> str:

@@ -107,9 +107,11 @@ class Talk:
             self.n_turns,
             len(self.steps),
             len(pictures),
+            int(self.policy != "error"),
             sum(max(step.rows, len(step.text)) for step in self.steps),
             sum(step.max_new_tokens for step in self.steps),
-            sum(picture.width * picture.height for picture in pictures),
+            sum(picture.width * picture.height + picture.seed for picture in pictures),
+            sum(step.session + step.turn + (step.do != "ask") + (step.cancel_after is not None) for step in self.steps),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,12 +33,13 @@ class Watch:
     """An Engine (mmchat.engine).  Raises Crashed, CapExceeded, CountsWrong beside what the client raises.
 
     requests: since the last forget.  rows: of the last request.  n_rows, longest: rows in all, and of one request.
+    worked: rows of the longest request that was answered.
     """
 
     def __init__(self, client: LlmClient) -> None:
         self.client = client
         self.requests: list[Request] = []
-        self.rows = self.n_rows = self.longest = self.n_requests = 0
+        self.rows = self.n_rows = self.longest = self.worked = self.n_requests = 0
         self._strategy = "rewind"
 
     @property
@@ -81,6 +82,7 @@ class Watch:
                     request.done = event
                     self._check_counts(request, event)
                     self.requests.append(request)
+                    self.worked = max(self.worked, self.rows)
                 yield event
         except EngineError as error:
             raise Crashed(f"a run of {self.rows} rows: {error}", self.rows) from None
