@@ -248,8 +248,8 @@ def test_what_fails_on_new_workers_too_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_what_happens_once_is_flaky_and_no_failure(tmp_path: Path) -> None:
-    happened: list[int] = []
-    trial, _ = failing(lambda client: client.n_rows >= 100 and not happened.append(1) and len(happened) == 1, tmp_path)
+    once = iter([True])
+    trial, _ = failing(lambda client: client.n_rows >= 100 and next(once, False), tmp_path)
     assert trial.attempt(TWO) is None
     assert trial.attempt(Talk((Step(rows=120),))) is None
     assert [flaky.rows for flaky in trial.flaky] == [120]
@@ -305,6 +305,19 @@ def test_a_length_is_found_to_the_row(longest: int, tmp_path: Path, monkeypatch:
     (small,) = outcome.failure.talks
     assert small == Talk((Step(rows=longest + 1, max_new_tokens=1),))
     assert longest > 999 or any((tmp_path / "db" / "examples").iterdir())
+
+
+def test_what_failed_is_tried_first_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Talk] = []
+
+    def fails(talk: Talk) -> bool:
+        seen.append(talk)
+        return any(step.rows > 100 for step in talk.steps)
+
+    assert not hunted(fails, tmp_path, monkeypatch).good
+    seen.clear()
+    assert not hunted(fails, tmp_path, monkeypatch).good
+    assert fails(seen[0])
 
 
 def test_an_opening_that_fails_is_made_small_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

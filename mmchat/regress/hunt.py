@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -93,9 +94,13 @@ def facts(runtime: Runtime) -> dict[str, Any]:
 
 
 def replay(runtime: Runtime, talks: tuple[Talk, ...]) -> Outcome:
-    """Play talks of a file on new workers, once."""
+    """Play talks of a file on new workers, once.
+
+    Lengths that are known to crash are not refused: whoever replays them wants to see it.
+    """
     started, trial = time.monotonic(), Trial(runtime)
-    failure = trial.replay(talks)
+    with _unlearned(runtime):
+        failure = trial.replay(talks)
     if failure:
         record_crash(runtime, failure)
     return _outcome(trial, failure, None, started)
@@ -148,6 +153,22 @@ def record_crash(runtime: Runtime, failure: Failure) -> None:
         pass
     finally:
         runtime.engine = watched
+
+
+@contextlib.contextmanager
+def _unlearned(runtime: Runtime) -> Iterator[None]:
+    """Nothing is known of lengths meanwhile, and what is learned is not kept."""
+    if runtime.rkllm is None:
+        yield
+        return
+    profile = runtime.rkllm.profile
+    known = profile.path, profile.safe_rows, profile.worked_rows
+    with tempfile.TemporaryDirectory(prefix="mmchat-") as folder:
+        profile.path, profile.safe_rows, profile.worked_rows = Path(folder) / "profile.json", None, 0
+        try:
+            yield
+        finally:
+            profile.path, profile.safe_rows, profile.worked_rows = known
 
 
 class _Over(KeyboardInterrupt):

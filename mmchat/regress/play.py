@@ -36,7 +36,7 @@ class Player:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.watch = Watch(runtime.llm)
+        self.watch = Watch(runtime)
         runtime.engine = self.watch
         profile = runtime.rkllm.profile if runtime.rkllm else None
         self.strategies = profile.allowed if profile else (None,)

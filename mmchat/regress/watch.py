@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from mmchat.embedding import RowKey, common_prefix, row_keys
 from mmchat.engine import Done, Event, Piece, Restarted, Sampling, Token
 from mmchat.errors import ContextFull, EngineError
-from mmchat.llm_proc import LlmClient
 from mmchat.regress.broken import CapExceeded, CountsWrong, Crashed
+from mmchat.runtime import Runtime
 
 # A run may be silent for so long: some boards prefill 40 rows per second, and the first run may be slow.
 _SILENCE_S, _ROWS_PER_S = 20.0, 5.0
@@ -36,8 +36,8 @@ class Watch:
     worked: rows of the longest request that was answered.
     """
 
-    def __init__(self, client: LlmClient) -> None:
-        self.client = client
+    def __init__(self, runtime: Runtime) -> None:
+        self.client = runtime.llm
         self.requests: list[Request] = []
         self.rows = self.n_rows = self.longest = self.worked = self.n_requests = 0
         self._strategy = "rewind"
