@@ -216,16 +216,12 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
 
 
 def _openvino(config: dict[str, Any]) -> Engine:
-    from mmchat.checkpoint import Checkpoint
-    from mmchat.embed_table import EmbedTable
-    from mmchat.openvino_engine import OpenVinoEngine
+    from mmchat.openvino_engine import open_engine
     from mmchat.prompt import ChatTokenizer
 
     spec = open_model(Path(config["folder"]))
-    return OpenVinoEngine(
-        Checkpoint(spec.folder),
-        spec.llm,
-        EmbedTable.open(spec.embed_table_path),
+    return open_engine(
+        spec,
         ChatTokenizer(spec.tokenizer_path),
         Store(**config["store"]).get,
         context_rows=config["context_rows"],
