@@ -114,4 +114,5 @@ class IrEncoder:
         return np.array(result[0], np.float32)
 
     def _type_of(self, name: str) -> np.dtype[Any]:
-        return np.dtype(self._tower.get_compiled_model().input(name).get_element_type().to_dtype())
+        kind: np.dtype[Any] = np.dtype(self._tower.get_compiled_model().input(name).get_element_type().to_dtype())
+        return kind

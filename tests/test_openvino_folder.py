@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def engine_of(folder: Path) -> OpenVinoEngine:
 
 def test_a_chat_is_token_for_token_the_checkpoints(folder: Path, tmp_path: Path) -> None:
     """Six turns and six pictures, through both workers; the pictures are encoded anew, to the same embeddings."""
-    chats = []
+    chats: list[Any] = []
     for model in ("demo", folder):
         with mmchat.open(model, store=tmp_path / str(len(chats)), n_threads=1) as runtime:
             session = runtime.session()
@@ -323,7 +324,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, folder: Path, monke
         openvino_folder.run(plan, source, quiet)
     with pytest.raises(ModelDirError, match="has files already"):
         openvino_folder.run(openvino_folder.plan(SPEC, "fp32"), source, quiet)
-    monkeypatch.setattr(openvino_folder.importlib.util, "find_spec", lambda name: None if name == "nncf" else 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else 1)
     assert "needs the package nncf: pip install" in refused("convert", "openvino", "demo", tmp_path / "x")
     monkeypatch.setattr(outputs, "free_bytes", lambda folder: 60_000_000)
     with pytest.raises(DiskFull, match="make room"):

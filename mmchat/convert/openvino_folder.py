@@ -40,7 +40,7 @@ _COPIED = ("tokenizer.json", "generation_config.json", "preprocessor_config.json
 _BLOCK_ROWS_BYTES = 1 << 24
 # Bits of a number in the file, and numbers per second on one busy core of a PC, reading and writing included.
 _BITS = {"int4": 4.25, "int8": 8.1, "fp16": 16, "fp32": 32}
-_NUMBERS_PER_S = {"int4": 10e6, "int8": 40e6, "fp16": 60e6, "fp32": 60e6}
+_NUMBERS_PER_S = {"int4": 40e6, "int8": 60e6, "fp16": 100e6, "fp32": 60e6}
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,14 @@ def run(plan: Plan, target: Path, progress: Progress) -> None:
         check_space(target, sum(map(plan.n_bytes, todo)) + (plan.n_scratch if todo else 0))
         done = total - sum(plan.numbers[part] for part in todo)
         for part in todo:
-            name = IR_FILES[part]
-            count = partial(_count, progress, name, done, total)
-            _save(work, name, lambda scratch, part=part, count=count: _build(plan, part, checkpoint, scratch, count))
+            count = partial(_count, progress, IR_FILES[part], done, total)
+            _save(work, IR_FILES[part], partial(_build, plan, part, checkpoint, count))
             done += plan.numbers[part]
-            progress(name, done, total)
+            progress(IR_FILES[part], done, total)
         if _has_tokenizers():
             for name, model in zip(TOKENIZER_FILES, _tokenizers(folder), strict=True):
                 if not (work.has(f"{name}.xml") and work.has(f"{name}.bin")):
-                    _save(work, name, lambda scratch, model=model: (model, None))
+                    _save(work, name, partial(_made, model))
         for name, content in texts.items():
             path = work.prepare(name)
             write_atomic(path, lambda file, content=content: file.write(content))
@@ -149,7 +148,11 @@ def _count(progress: Progress, name: str, done: int, total: int, n: int) -> None
     progress(name, min(done + n, total), total)
 
 
-def _save(work: Work, name: str, build: Callable[[Path], Any]) -> None:
+def _made(model: Any, scratch: Path) -> tuple[Any, Any]:
+    return model, None
+
+
+def _save(work: Work, name: str, build: Callable[[Path], tuple[Any, Any]]) -> None:
     """Build a model and write its two files.
 
     build: called with a folder for what it needs meanwhile; gives the model, and what must live as long.
@@ -175,12 +178,14 @@ def _save(work: Work, name: str, build: Callable[[Path], Any]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(plan: Plan, part: str, checkpoint: Checkpoint, scratch: Path, count: Callable[[int], None]) -> Any:
+def _build(
+    plan: Plan, part: str, checkpoint: Checkpoint, count: Callable[[int], None], scratch: Path
+) -> tuple[Any, Any]:
     """The model, and the memory that its constants point into."""
     from mmchat import openvino_graphs as graphs
 
     spec = plan.spec
-    kind = {16: "F16", 32: "F32"}.get(plan.bits(part))
+    kind = {16.0: "F16", 32.0: "F32"}.get(plan.bits(part))
     weights = stored_weights(checkpoint, kind, scratch, count)
     match part:
         case "text_embeddings":
@@ -292,4 +297,4 @@ def _tokenizers(folder: Path) -> tuple[Any, Any]:
     fast.chat_template = json.loads(_tokenizer_config(folder))["chat_template"]
     if eos is not None:
         fast.eos_token = fast.convert_ids_to_tokens(eos[0] if isinstance(eos, list) else eos)
-    return tuple(tokenizers.convert_tokenizer(fast, with_detokenizer=True))  # type: ignore[return-value]
+    return tuple(tokenizers.convert_tokenizer(fast, with_detokenizer=True))
