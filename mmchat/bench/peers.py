@@ -66,8 +66,9 @@ class Peer:
         import openvino
 
         genai, ids = self._genai, list[int]()
+        base: Any = genai.StreamerBase
 
-        class Listener(genai.StreamerBase):  # type: ignore[misc]
+        class Listener(base):  # type: ignore[misc]
             def write(self, tokens: int | list[int]) -> Any:
                 ids.extend([tokens] if isinstance(tokens, int) else tokens)
                 return genai.StreamingStatus.RUNNING

@@ -194,7 +194,7 @@ def _peers(peers: dict[str, Any]) -> Table:
     ]
     note = (
         f"Wall time of a chat of {peers['turns']} turns with {peers['pictures']} pictures, on the same OpenVINO "
-        f"folder, turn by turn in turns; medians of {peers['rounds']}. mmchat runs the models in two processes of their own."
+        f"folder, turn by turn in turns; medians of {peers['rounds']}. mmchat's models run in processes of their own."
     )
     return Table("Peers", note, ("what", "figure"), rows)
 

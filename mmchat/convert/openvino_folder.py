@@ -45,12 +45,12 @@ _NUMBERS_PER_S = {"int4": 40e6, "int8": 60e6, "fp16": 100e6, "fp32": 60e6}
 
 @dataclass(frozen=True)
 class Plan:
-    """numbers: how many each model has.  n_largest: of the largest matrix.  n_read: bytes of the checkpoint."""
+    """numbers: how many each model has; n_last: the LLM's output layer.  n_read: bytes of the checkpoint."""
 
     spec: ModelSpec
     weights: str
     numbers: dict[str, int]
-    n_largest: int
+    n_last: int
     n_read: int
 
     def bits(self, part: str) -> float:
@@ -58,7 +58,8 @@ class Plan:
         return _BITS[self.weights if part == "llm" or self.weights == "fp32" else "fp16"]
 
     def n_bytes(self, part: str) -> int:
-        return int(self.numbers[part] * self.bits(part) / 8)
+        last = self.n_last * (_BITS["int8"] - _BITS["int4"]) if part == "llm" and self.weights == "int4" else 0
+        return int((self.numbers[part] * self.bits(part) + last) / 8)
 
     @property
     def n_scratch(self) -> int:
@@ -68,8 +69,9 @@ class Plan:
     @property
     def estimate(self) -> Estimate:
         writes = sum(map(self.n_bytes, IR_FILES))
-        compressed = self.n_bytes("llm") if self.weights in ("int4", "int8") else 0
-        memory = 500_000_000 + compressed + 12 * self.n_largest
+        memory = 500_000_000  # what is mapped is not counted: it is given back where others need it
+        if self.weights in ("int4", "int8"):
+            memory += self.n_bytes("llm") + 12 * self.n_last
         n_llm, n_others = self.numbers["llm"], sum(self.numbers.values()) - self.numbers["llm"]
         seconds = n_llm / _NUMBERS_PER_S[self.weights] + n_others / _NUMBERS_PER_S["fp16"]
         return Estimate(self.n_read, writes, memory, seconds)
@@ -101,7 +103,7 @@ def plan(spec: ModelSpec, weights: str = "int4") -> Plan:
     if "llm.lm_head.weight" not in sizes:  # tied
         numbers["llm"] += sizes[table]
     n_read = sum(checkpoint.info(name).end - checkpoint.info(name).start for name in checkpoint)
-    return Plan(spec, weights, numbers, max(sizes.values()), n_read)
+    return Plan(spec, weights, numbers, sizes.get("llm.lm_head.weight", sizes[table]), n_read)
 
 
 def run(plan: Plan, target: Path, progress: Progress) -> None:
