@@ -237,16 +237,12 @@ _Forget = Callable[[Any], str]  # takes findings (RKLLM), gives what the engine 
 
 
 def _openvino(config: dict[str, Any]) -> tuple[Engine, _Forget]:
-    from mmchat.checkpoint import Checkpoint
-    from mmchat.embed_table import EmbedTable
-    from mmchat.openvino_engine import OpenVinoEngine
+    from mmchat.openvino_engine import open_engine
     from mmchat.prompt import ChatTokenizer
 
     spec = open_model(Path(config["folder"]))
-    engine = OpenVinoEngine(
-        Checkpoint(spec.folder),
-        spec.llm,
-        EmbedTable.open(spec.embed_table_path),
+    engine = open_engine(
+        spec,
         ChatTokenizer(spec.tokenizer_path),
         Store(**config["store"]).get,
         context_rows=config["context_rows"],

@@ -142,9 +142,9 @@ def open(
 ) -> Runtime:
     """Open a model; its LLM begins to load at once, its encoder when a picture needs it.
 
-    model: "demo", or a model folder.  engine: "openvino" for a checkpoint, "rkllm" for a board's folder; "auto" is
-        what the folder is for.  RKLLM's library is $MMCHAT_RKLLM_LIB, else librkllmrt.so in the folder, else the one
-        in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
+    model: "demo", or a model folder.  engine: "openvino" for a checkpoint or an OpenVINO folder, "rkllm" for a board's
+        folder; "auto" is what the folder is for.  RKLLM's library is $MMCHAT_RKLLM_LIB, else librkllmrt.so in the
+        folder, else the one in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
     store: folder for image embeddings; None is $MMCHAT_STORE, else ~/.cache/mmchat/embeddings (under
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
         neither can be written.  Where that is full or read-only, embeddings are kept in memory (mmchat.store says

@@ -354,7 +354,7 @@ def doctor(
 
 @app.command()
 def bench(
-    section: Annotated[str, typer.Argument(metavar="[work|host|chat|all]", help="What to measure.")] = "all",
+    section: Annotated[str, typer.Argument(metavar="[work|host|chat|peers|all]", help="What to measure.")] = "all",
     model: options.Model = "demo",
     save: Annotated[
         bool, typer.Option("--save", help="Write the figures to benchmarks/ in the current folder.")
@@ -363,7 +363,8 @@ def bench(
 ) -> None:
     """Measure: work done per conversation (counts), this machine's part, and a scripted chat; some minutes.
 
-    Board times are predicted from counts and published figures.
+    Board times are predicted from counts and published figures.  peers (not among all) holds a chat in openvino_genai
+    as well, which must be installed.
     """
     from mmchat.cli import benching
 
