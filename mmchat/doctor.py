@@ -179,7 +179,7 @@ def _model(patient: Patient, model: str | Path) -> list[Finding]:
         "checkpoint": "download the file again that is missing or damaged, and compare its size with the published one",
         "board": "put that right; the README's section On a board tells what belongs there",
         "": 'give the folder of a published MiniCPM-V-2.6 checkpoint, or "demo"',
-    }.get(kind, "this version opens checkpoints as published, and boards' folders: give one of these")
+    }.get(kind, "copy here what is missing, or make the folder anew: mmchat convert openvino CHECKPOINT DIR")
     for file in files:
         if _is_lfs_pointer(file):
             what = f"{file}: a Git LFS pointer, not the file itself"

@@ -84,12 +84,15 @@ class EmbedTable:
         low, high = int(wanted.min()), int(wanted.max())
         if low < 0 or high >= self.n_ids:
             raise PromptError(f"token id {low if low < 0 else high} is not in the table (0 to {self.n_ids - 1})")
+        self._fill(wanted, out)
+        return out
+
+    def _fill(self, wanted: NDArray[Any], out: NDArray[np.float32]) -> None:
         if len(wanted) < _PARALLEL_FROM_ROWS or _THREADS == 1:
             _gather(self._table, wanted, out, _BLOCK_ROWS)
         else:
             parts = zip(np.array_split(wanted, _THREADS), np.array_split(out, _THREADS), strict=True)
             list(_pool().map(lambda part: _gather(self._table, part[0], part[1], _PARALLEL_BLOCK_ROWS), parts))
-        return out
 
 
 def _check_rows(info: TensorInfo, what: str) -> None:

@@ -14,6 +14,7 @@ MmchatError                     catch this one
 │   └── MissingEmbeddings       it no longer has what a request refers to
 ├── SessionError (ValueError)   a session call that its state does not allow
 ├── BundleError (ValueError)    a saved session cannot be read or written
+├── RegressError (ValueError)   a conversation to be tried cannot be read or made
 ├── EngineBusy                  another answer is still being streamed by the same thread
 └── EngineError                 the engine failed
     ├── SamplingFixed           it must be loaded again for these sampling values (clients do so)
@@ -113,6 +114,10 @@ class SessionError(MmchatError, ValueError):
 
 class BundleError(MmchatError, ValueError):
     """A saved session is missing, foreign or damaged, or cannot be written."""
+
+
+class RegressError(MmchatError, ValueError):
+    """A conversation to be tried (mmchat.regress) cannot be read or made; or what trying it needs is not installed."""
 
 
 class EngineBusy(MmchatError):

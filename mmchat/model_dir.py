@@ -4,6 +4,7 @@ Opened here: the published checkpoint layout (config.json, preprocessor_config.j
 vpm.*, resampler.* and llm.*), of which the demo model is a true miniature; and a board's folder, which has the same
 JSON files and, instead of the weights, what its mmchat.json names: the *.rkllm model, the embedding table, the encoder.
 Without mmchat.json the files are found by their kind (mmchat.board_files), and the encoder is one for a fixed square.
+And an OpenVINO folder as optimum-intel writes it, which has four models (IR_FILES) instead of the weights.
 
 This module reads JSON and tensor headers only; it loads no weights and knows no engine.  Sizes of a board's files are
 compared with mmchat.json whenever it is opened, digests only when asked for (check_digests): 8 GB take a minute.
@@ -34,6 +35,13 @@ BOARD_FILE = "mmchat.json"
 # Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
 MARGIN_ROWS = 32
 POSITIONS = "vpm.embeddings.position_embedding.weight"
+# An OpenVINO folder's models: each is NAME.xml and NAME.bin.
+IR_FILES = {
+    "text_embeddings": "openvino_text_embeddings_model",
+    "vision": "openvino_vision_embeddings_model",
+    "resampler": "openvino_resampler_model",
+    "llm": "openvino_language_model",
+}
 _VISION_MODES = ("openvino", "navit", "square")
 # Of Lite2's NPU_CORE_*.  The encoder has the NPU for itself; three cores took 3.2 s where one took 4.8 (reported).
 _CORES = ("auto", "0", "1", "2", "0_1", "0_1_2", "all")
@@ -147,7 +155,10 @@ class BoardSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A folder that was found complete.  board: set where its LLM is RKLLM's."""
+    """A folder that was found complete.  board: set where its LLM is RKLLM's.
+
+    openvino: set where it is an OpenVINO folder; its models by the names of IR_FILES.
+    """
 
     folder: Path
     name: str
@@ -157,6 +168,7 @@ class ModelSpec:
     use_image_id: bool
     sampling: Sampling = field(default_factory=Sampling)
     board: BoardSpec | None = None
+    openvino: Mapping[str, Path] | None = None
 
     @property
     def context_rows(self) -> int:
@@ -172,6 +184,8 @@ class ModelSpec:
         """The file that holds the token embedding rows."""
         if self.board:
             return self.board.table_path
+        if self.openvino:
+            return self.openvino["text_embeddings"]
         return Checkpoint(self.folder).file("llm.model.embed_tokens.weight").path
 
     @cached_property
@@ -182,6 +196,8 @@ class ModelSpec:
             marks = (self.board.digests.get(path.name) or file_mark(path) for path in files)
             text = " ".join([self.board.vision_mode, *marks])
             return hashlib.sha256(text.encode()).hexdigest()
+        if self.openvino:
+            return _ir_digest([self.openvino["vision"], self.openvino["resampler"]])
         checkpoint = Checkpoint(self.folder)
         digest = hashlib.sha256(json.dumps(asdict(self.vision), sort_keys=True).encode())
         for name in sorted(checkpoint):
@@ -210,7 +226,8 @@ def open_model(name: str | Path) -> ModelSpec:
     needed = ("config.json", "preprocessor_config.json", "tokenizer.json")
     missing = [file for file in needed if not (folder / file).is_file()]
     is_board = (folder / BOARD_FILE).is_file()
-    found = None if is_board else board_files(folder)
+    models = None if is_board else _ir_files(folder)
+    found = None if is_board or models else board_files(folder)
     if missing and is_board:
         raise ModelDirError(f"{folder}: lacks {', '.join(missing)}: copy them here from the published checkpoint")
     if found:
@@ -220,7 +237,7 @@ def open_model(name: str | Path) -> ModelSpec:
             f"{folder}: lacks {', '.join(missing)}; a model folder is a checkpoint as published: "
             f"{', '.join(needed)} and *.safetensors"
         )
-    if not is_board and not found:
+    if not is_board and not found and not models:
         weight_files(folder)
     config = _Json(folder / "config.json")
     processor = _Json(folder / "preprocessor_config.json")
@@ -275,10 +292,34 @@ def open_model(name: str | Path) -> ModelSpec:
         slices=slices,
         use_image_id=bool(config.values.get("use_image_id", True)),
         sampling=_sampling(folder / "generation_config.json"),
+        openvino=models,
     )
     if found:
         return _with_found(spec, {part: path for part, path in found.items() if path})
     return _with_board(spec, _Json(folder / BOARD_FILE)) if is_board else spec
+
+
+def _ir_files(folder: Path) -> dict[str, Path] | None:
+    """The models of an OpenVINO folder; None where it is none.  Raises ModelDirError: some files are missing."""
+    paths = {part: folder / f"{name}.xml" for part, name in IR_FILES.items()}
+    if not paths["llm"].is_file():
+        return None
+    files = [path.with_suffix(suffix) for path in paths.values() for suffix in (".xml", ".bin")]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ModelDirError(
+            f"{folder}: an OpenVINO folder that lacks {', '.join(missing)}; copy them here, or make it anew: "
+            "mmchat convert openvino CHECKPOINT DIR"
+        )
+    return paths
+
+
+def _ir_digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in (path, path.with_suffix(".bin")):
+            with file.open("rb") as opened:
+                digest.update(_sha256(opened).encode())
+    return digest.hexdigest()
 
 
 def _check_found(folder: Path, found: Mapping[str, Path | None], missing: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -27,11 +28,23 @@ from mmchat.embed_table import EmbedTable
 from mmchat.embedding import RowKey, assemble, choose_cache, row_keys
 from mmchat.engine import Done, Event, Piece, Prefill, Sampling, StopReason, Token, Tokens, check_fits
 from mmchat.errors import EngineError, PromptError
-from mmchat.model_dir import LlmSpec, cpu_caches
+from mmchat.model_dir import LlmSpec, ModelSpec, cpu_caches
 from mmchat.openvino_graphs import build_llm, cpu_properties
+from mmchat.openvino_ir import input_names, open_table, read_llm
 from mmchat.prompt import ChatTokenizer
 
 PREFILL_CHUNK_ROWS = 256
+
+
+def open_engine(
+    spec: ModelSpec, tokenizer: ChatTokenizer, load_image: Callable[[str], NDArray[np.float32] | None], **options: Any
+) -> OpenVinoEngine:
+    """The engine of a checkpoint, or of an OpenVINO folder.  options: OpenVinoEngine's.  Raises ModelDirError."""
+    if spec.openvino:
+        model, table = read_llm(spec.openvino["llm"], spec.llm), open_table(spec.openvino["text_embeddings"])
+        return OpenVinoEngine(model, spec.llm, table, tokenizer, load_image, **options)
+    table = EmbedTable.open(spec.embed_table_path)
+    return OpenVinoEngine(Checkpoint(spec.folder), spec.llm, table, tokenizer, load_image, **options)
 
 
 @dataclass
@@ -47,7 +60,7 @@ class OpenVinoEngine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: Checkpoint | ov.Model,
         spec: LlmSpec,
         table: EmbedTable,
         tokenizer: ChatTokenizer,
@@ -58,7 +71,9 @@ class OpenVinoEngine:
         chunk_rows: int = PREFILL_CHUNK_ROWS,
         n_caches: int | None = None,
     ) -> None:
-        """load_image: the embedding under a store key, or None where it is not there.  n_caches: KV caches at most.
+        """source: the checkpoint, or a model with build_llm's inputs, outputs and states, as
+            mmchat.openvino_ir reads one.
+        load_image: the embedding under a store key, or None where it is not there.  n_caches: KV caches at most.
 
         Raises ModelDirError where checkpoint, table and tokenizer do not belong together.
         """
@@ -68,7 +83,8 @@ class OpenVinoEngine:
         self._chunk_rows = chunk_rows
         self._properties = cpu_properties(n_threads)
         self._core = ov.Core()
-        self._model = build_llm(checkpoint, spec)
+        self._model = source if isinstance(source, ov.Model) else build_llm(source, spec)
+        self._inputs = input_names(self._model)
         self._n_caches = n_caches or cpu_caches(spec, self._context_rows)
         self._caches: list[_Cache] = []
         self._compile()
@@ -145,18 +161,21 @@ class OpenVinoEngine:
             generate_s=time.perf_counter() - prefilled,
         )
 
+    def forget(self) -> None:
+        """Hold nothing: the next answer is computed whole."""
+        self._caches = [_Cache(self._compiled.create_infer_request())]
+
     def _feed(self, embeds: NDArray[np.float32], keys: list[RowKey]) -> NDArray[np.float32]:
         """Append rows to the current cache; (vocab,) scores after the last of them."""
         past, n = len(self._cache.held), len(embeds)
         try:
-            result = self._cache.request.infer(
-                {
-                    "inputs_embeds": embeds[None],
-                    "attention_mask": np.ones((1, past + n), np.int64),
-                    "position_ids": np.arange(past, past + n, dtype=np.int64)[None],
-                    "beam_idx": np.zeros(1, np.int32),
-                }
-            )
+            inputs = {
+                "inputs_embeds": embeds[None],
+                "attention_mask": np.ones((1, past + n), np.int64),
+                "position_ids": np.arange(past, past + n, dtype=np.int64)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+            result = self._cache.request.infer({name: inputs[name] for name in self._inputs})
             logits = np.array(result["logits"][0, -1], np.float32)
         except Exception as error:
             self._compile()
@@ -188,5 +207,7 @@ class OpenVinoEngine:
         self._caches.append(self._caches.pop(target))
 
     def _compile(self) -> None:
+        self._caches = []
+        self._compiled: Any = None  # a large model is not there twice
         self._compiled = self._core.compile_model(self._model, "CPU", self._properties)
         self._caches = [_Cache(self._compiled.create_infer_request())]

@@ -27,6 +27,13 @@ from mmchat.slicing import Size, SlicePlan, plan_slices
 # Number of the template, for saved conversations: raise it when the same turns give other rows.
 FORMAT = 1
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+# The same for other programs, of conversations whose pictures are in the text already (Jinja, as Qwen2 has it).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _SPECIAL = (
     "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
     "<|im_start|>", "<|im_end|>", "<|endoftext|>",

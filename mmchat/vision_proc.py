@@ -128,11 +128,9 @@ def _encoder(spec: ModelSpec, config: dict[str, Any]) -> Encoder:
         from mmchat.rknn_vision import RknnEncoder
 
         return RknnEncoder(spec.board, spec.vision, log=config["log"])
-    from mmchat.checkpoint import Checkpoint
-    from mmchat.openvino_graphs import cpu_properties
-    from mmchat.openvino_vision import OpenVinoEncoder
+    from mmchat.openvino_vision import open_encoder
 
-    return OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(config["n_threads"]))
+    return open_encoder(spec, config["n_threads"])
 
 
 def _batch(slices: list[tuple[str, NDArray[np.uint8]]]) -> list[tuple[str, NDArray[np.uint8]]]:

@@ -32,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to run commands in, with pictures; the hub has the demo as the published model."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
+    pytest.importorskip("nncf")
     checkpoint = sharded(tmp_path / "published", 2)
     hub = FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()})
     hub.repo = PUBLISHED
@@ -63,7 +64,7 @@ def run(page: str) -> None:
 
 def test_every_command_for_a_pc_runs(here: Path) -> None:
     run("pc.md")
-    assert open_model(here / "CHECKPOINT").llm.n_layers == 4
+    assert open_model(here / "CHECKPOINT").llm.n_layers == open_model(here / "int4").llm.n_layers == 4
 
 
 def test_every_command_for_a_board_runs_and_the_folder_opens(here: Path) -> None:

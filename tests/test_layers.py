@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("embedding", "context", "doctor_npu", "profile", "transcript"),
     ("openvino_graphs", "doctor", "rkllm_model", "probe_runs", "forecast", "rehearsal", "saving"),
-    ("rkllm_answer", "probes", "probe_ladder", "probe_pictures"),
+    ("rkllm_answer", "probes", "probe_ladder", "probe_pictures", "openvino_ir"),
     ("openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"),
     ("vision_proc", "llm_proc", "probe_child"),
     ("session",),
@@ -40,12 +40,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fetch",),
     ("convert", "pull"),
     ("runtime", "calibrate"),
-    ("bench", "video"),
+    ("bench", "video", "regress"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.
-ENGINES = {"openvino_graphs", "openvino_engine", "openvino_vision", "rkllm_model", "rkllm_embed", "rknn_vision"}
+_OPENVINO = {"openvino_graphs", "openvino_ir", "openvino_engine", "openvino_vision"}
+ENGINES = {*_OPENVINO, "rkllm_model", "rkllm_embed", "rknn_vision"}
 
 
 def modules() -> dict[str, list[Path]]:

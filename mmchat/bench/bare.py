@@ -15,15 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmchat.bench.script import Timed, pictures, say
-from mmchat.checkpoint import Checkpoint
 from mmchat.child import Handler
-from mmchat.embed_table import EmbedTable
 from mmchat.engine import Encoded
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.openvino_engine import OpenVinoEngine
-from mmchat.openvino_graphs import cpu_properties
-from mmchat.openvino_vision import OpenVinoEncoder
+from mmchat.openvino_engine import open_engine
+from mmchat.openvino_vision import open_encoder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
 from mmchat.slicing import plan_slices, slice_image
@@ -46,7 +43,7 @@ class _Encoder:
     """A Vision on the spot.  seconds: spent encoding."""
 
     def __init__(self, spec: ModelSpec, store: Store, n_threads: int | None) -> None:
-        self._encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(n_threads))
+        self._encoder = open_encoder(spec, n_threads)
         self._store = store
         self.seconds = 0.0
 
@@ -69,14 +66,7 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     spec = open_model(Path(config["folder"]))
     store, tokenizer = Store(config["store"]), ChatTokenizer(spec.tokenizer_path)
     vision = _Encoder(spec, store, config["n_threads"])
-    engine = OpenVinoEngine(
-        Checkpoint(spec.folder),
-        spec.llm,
-        EmbedTable.open(spec.embed_table_path),
-        tokenizer,
-        store.get,
-        n_threads=config["n_threads"],
-    )
+    engine = open_engine(spec, tokenizer, store.get, n_threads=config["n_threads"])
     timed = Timed(engine)
     sessions: list[Session] = []
 

@@ -64,6 +64,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         made.append(_chat(found["chat"]))
     if "host" in found:
         made += _host(found["host"])
+    if "peers" in found:
+        made.append(_peers(found["peers"]))
     return made
 
 
@@ -89,7 +91,7 @@ def save(found: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     about = {name: found[name] for name in ("date", "mmchat", "commit", "machine")}
     written = []
-    for section, key in (("work", "conversations"), ("host", "host"), ("chat", "chat")):
+    for section, key in (("work", "conversations"), ("host", "host"), ("chat", "chat"), ("peers", "peers")):
         if key not in found:
             continue
         part = {**about, key: found[key]}
@@ -181,6 +183,20 @@ def _chat(chat: dict[str, Any]) -> Table:
         f"one process (the model's own time). Each question's median of {chat['rounds']}."
     )
     return Table("Chat", note, ("what", "figure"), rows)
+
+
+def _peers(peers: dict[str, Any]) -> Table:
+    rows = [
+        ("mmchat", f"{peers['mmchat_s']:.3f} s"),
+        (peers["peer"], f"{peers['peer_s']:.3f} s"),
+        ("ratio", f"{peers['ratio']:.2f}"),
+        ("answers that are the same, from the first on", f"{peers['same_answers']} of {peers['turns']}"),
+    ]
+    note = (
+        f"Wall time of a chat of {peers['turns']} turns with {peers['pictures']} pictures, on the same OpenVINO "
+        f"folder, turn by turn in turns; medians of {peers['rounds']}. mmchat's models run in processes of their own."
+    )
+    return Table("Peers", note, ("what", "figure"), rows)
 
 
 def _host(host: dict[str, Any]) -> list[Table]:

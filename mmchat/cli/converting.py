@@ -81,6 +81,27 @@ def vision_onnx(
         _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
 
 
+@app.command()
+def openvino(
+    checkpoint: Source,
+    target: Annotated[str, typer.Argument(metavar="DIR", help="The folder to write.")],
+    weights: Annotated[str, typer.Option(help="The LLM's: int4, int8, fp16 or fp32.")] = "int4",
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write an OpenVINO folder, which chats on a PC's CPU in a fraction of the checkpoint's memory.
+
+    The layout is optimum-intel's.  Interrupted, it goes on with the model where it was.
+    """
+    with options.errors_as_lines():
+        from mmchat.convert import openvino_folder as step
+        from mmchat.model_dir import open_model
+
+        plan = step.plan(open_model(checkpoint), weights)
+        path = Path(target)
+        _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
+
+
 @app.command("vision-rknn")
 def vision_rknn(
     onnx: Annotated[str, typer.Argument(metavar="ONNX", help="The folder that convert vision-onnx wrote.")],
