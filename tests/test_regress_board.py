@@ -50,11 +50,9 @@ FAULTS = {
     "hangs at once": Fault({"HANG": "1"}, ("crash",)),
     "fails a run": Fault({"ERROR": "1"}, ("crash",)),
     "fails within answers": Fault({"ERROR": "2+", "ERROR_TOKENS": "1"}, ("crash",)),
-    "pictures of equal size are one": Fault(
-        {"KV": "stale-prefix"}, ("counts", "strategies"), profile=PREFIX, is_quick=True
-    ),
+    "pictures of equal size are one": Fault({"KV": "stale-prefix"}, ("counts", "strategies"), profile=PREFIX),
     "pictures of equal size are one, 1.2": Fault({"KV": "stale-prefix"}, ("counts", "strategies"), OLD, PREFIX),
-    "does not see what it keeps": Fault({"KV": "broken-append"}, ("strategies",), profile=APPEND),
+    "does not see what it keeps": Fault({"KV": "broken-append"}, ("strategies",), profile=APPEND, is_quick=True),
     "keeps nothing": Fault({"KV": "none"}, ("strategies",), profile=APPEND),
     "compares instead of appending": Fault({"KV": "prefix"}, ("strategies",), profile=APPEND),
     "counts its cache wrong": Fault({"KV": "append", "KV_COUNT": "7"}, ("strategies",), profile=APPEND),
@@ -91,7 +89,7 @@ def test_a_fault_is_found_and_made_small(
 @pytest.mark.parametrize("family", FAMILIES if IS_DEEP else ["1.3.0"])
 def test_a_healthy_library_passes(family: str, open_board: Any, tmp_path: Path, tabulate: Any) -> None:
     profile = PREFIX if family in (OLD, "1.3.0") else {}
-    found = hunt.hunt(open_board(family, **profile), minutes=10 if IS_DEEP else 0.2, database=tmp_path)
+    found = hunt.hunt(open_board(family, **profile), minutes=10 if IS_DEEP else 0.1, database=tmp_path)
     assert found.good, found
     tabulate(
         "mmchat regress: healthy libraries",
@@ -157,11 +155,14 @@ def test_a_library_that_does_not_load_is_told(board: Any, monkeypatch: pytest.Mo
 
 
 def test_the_pytest_plugin_runs_the_example(tmp_path: Path) -> None:
-    example = ROOT / "examples" / "test_my_board.py"
-    assert len(example.read_text().splitlines()) < 30
+    text = (ROOT / "examples" / "test_my_board.py").read_text()
+    assert len(text.splitlines()) < 30
+    assert "max_examples=10," in text
+    example = tmp_path / "test_my_board.py"
+    example.write_text(text.replace("max_examples=10,", "max_examples=4,"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "mmchat.regress", "--mmchat-model", "demo", str(example)]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--rootdir={example.parent}", "-W", "error"],
+        [*command, "-p", "no:cacheprovider", "-W", "error"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

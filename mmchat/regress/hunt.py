@@ -182,6 +182,7 @@ class _Search:
         self._allowed_s = deadline - time.monotonic()
         self.most_rows: int | None = None  # that a prompt may have, for the time; None: all
         self._best: Failure | None = None
+        self._cost_s = 0.0  # of a talk that fails: a library that hangs takes long
         self._said = time.monotonic()
 
     def run(self, seed: int, database: Path) -> Failure | None:
@@ -241,7 +242,7 @@ class _Search:
     def _failed(self, talk: Talk) -> Failure | None:
         """Raises _Over."""
         now = time.monotonic()
-        if now > self._deadline:
+        if now + self._cost_s > self._deadline:
             raise _Over
         if now > self._said + _SAY_EVERY_S:
             self._said, player = now, self.trial.player
@@ -250,6 +251,8 @@ class _Search:
                 f"{player.watch.longest}, {max(0, self._deadline - now):.0f} s left"
             )
         failure = self.trial.attempt(talk)
+        if failure is not None and self._best is None:
+            self._cost_s = time.monotonic() - now
         if failure is not None and (self._best is None or failure.size < self._best.size):
             self._best = failure
         return failure

@@ -67,10 +67,9 @@ class Player:
         """Encode them once more, under other keys."""
         store = self.runtime.store
         for image in images:
-            if set(image.keys) <= set(self._again):
-                continue
-            again = {key: hashlib.sha256(os.urandom(16)).hexdigest() for key in image.keys}
-            slices = dict(zip(again.values(), image.pixels(), strict=True))
+            pixels = {key: cut for key, cut in zip(image.keys, image.pixels(), strict=True) if key not in self._again}
+            again = {key: hashlib.sha256(os.urandom(16)).hexdigest() for key in pixels}
+            slices = {again[key]: cut for key, cut in pixels.items()}
             try:
                 done = self.runtime.vision.encode(list(slices.items()))
             except MmchatError as error:
