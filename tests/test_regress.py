@@ -291,6 +291,7 @@ def hunted(
     *,
     openings: Any = (),
     lengths: Any = (),
+    minutes: float = 0.1,
 ) -> hunt.Outcome:
     """The search with a verdict by looking at the talk; nothing is played."""
 

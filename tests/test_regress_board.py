@@ -149,9 +149,13 @@ def test_wrong_usage(tmp_path: Path) -> None:
 
 def test_a_library_that_does_not_load_is_told(board: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RKLLM_STANDIN_INIT", "fail")
-    code, out, err = run_here("regress", "--model", board(), "--minutes", "1", "--database", tmp_path)
-    assert (code, out) == (1, "")
-    assert "rkllm_init returned -1" in err
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_here("regress", "--model", board(), "--minutes", "1", "--json")
+    assert code == 1
+    told = json.loads(out)["failure"]
+    assert (told["property"], told["rows"]) == ("crash", None)
+    assert "the model does not load (rkllm_init returned -1" in told["what"]
+    assert talk.load("mmchat-regress.json") == (Talk((Step(max_new_tokens=1),)),)
 
 
 def test_the_pytest_plugin_runs_the_example(tmp_path: Path) -> None:
