@@ -140,6 +140,10 @@ def test_whatever_is_drawn_passes_where_nothing_is_wrong(drawn: Talk, tmp_path_f
     check(FakeBoard(tmp_path_factory.mktemp("store")).rt, drawn)
 
 
+def test_a_question_asked_again_has_the_rows_that_it_had(board: FakeBoard) -> None:
+    check(board.rt, Talk((Step(rows=50), Step("again"), Step("undo"), Step(text="So?"))))
+
+
 def test_a_limit_on_runs_is_no_failure(board: FakeBoard) -> None:
     board.llm.prompt_rows = 100
     for rows in (99, 100, 101, 300):

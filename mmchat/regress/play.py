@@ -149,7 +149,7 @@ class _Conversations:
         return list(images.values())
 
     def _do(self, step: Step, session: Session) -> None:
-        n_turns = len(session.turns)
+        n_turns, self._exact = len(session.turns), False
         if step.do == "undo" and n_turns:
             session.undo(min(step.turn, n_turns))
         elif step.do == "branch":
