@@ -177,8 +177,8 @@ def _dying(event: Any, client: FakeClient) -> Any:
             "0 rows could be known at most",
             TWO,
         ),
-        (crashing(lambda client: True), broken.Crashed, r"a run of [0-9]+ rows: the LLM worker died", TWO),
-        (_dying, broken.Crashed, r"a run of [0-9]+ rows: the LLM worker died", TWO),
+        (crashing(lambda client: True), broken.Crashed, r"a prompt of [0-9]+ rows: the LLM worker died", TWO),
+        (_dying, broken.Crashed, r"a prompt of [0-9]+ rows: the LLM worker died", TWO),
         (_refusing, broken.CapExceeded, "refused, though it fits", TWO),
         (
             lambda event, client: other_token(event) if client.worker.n_runs % 2 else event,
@@ -272,7 +272,7 @@ def test_flaky_ones_are_warnings_in_tests(tmp_path: Path) -> None:
     board = FakeBoard(tmp_path / "store")
     check(board.rt, TWO)
     board.llm.broken = crashing(lambda client: next(once, False))
-    with pytest.warns(UserWarning, match="seen once, and not again on new workers: a run of"):
+    with pytest.warns(UserWarning, match="seen once, and not again on new workers: a prompt of"):
         check(board.rt, Talk((Step(rows=50),)))
 
 

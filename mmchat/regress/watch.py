@@ -75,7 +75,7 @@ class Watch:
         try:
             for event in self.client.generate(pieces, sampling, should_stop, resume_ids=resume_ids):
                 if isinstance(event, Restarted):
-                    raise Crashed(f"a run of {self.rows} rows: {event.why}", self.rows)
+                    raise Crashed(f"a prompt of {self.rows} rows: {event.why}", self.rows)
                 if isinstance(event, Token):
                     request.ids.append(event.id)
                 if isinstance(event, Done):
@@ -85,7 +85,7 @@ class Watch:
                     self.worked = max(self.worked, self.rows)
                 yield event
         except EngineError as error:
-            raise Crashed(f"a run of {self.rows} rows: {error}", self.rows) from None
+            raise Crashed(f"a prompt of {self.rows} rows: {error}", self.rows) from None
 
     def _check_cap(self, request: Request) -> None:
         rows, room = request.n_rows, request.sampling.max_new_tokens
