@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import subprocess
@@ -194,6 +195,19 @@ def test_a_broken_engine_is_found(
     board.llm.broken = breaks
     with pytest.raises(kind, match=says):
         check(board.rt, what)
+
+
+def test_an_end_token_that_the_cache_keeps_may_be_reused(board: FakeBoard) -> None:
+    """One row more than question and answer, where the answer ended by itself; and no more than that."""
+    board.llm._engine.script = ["red", "blue"] * 2
+    for more, kind in ((1, None), (2, broken.CountsWrong)):
+        board.llm.broken = changed(
+            Done,
+            n_reused=lambda e, more=more: e.n_reused + more * (e.n_reused > 0),
+            n_prefilled=lambda e, more=more: e.n_prefilled - more * (e.n_reused > 0),
+        )
+        with pytest.raises(kind) if kind else contextlib.nullcontext():
+            Trial(board.rt).player.play(TWO)
 
 
 def test_a_text_that_is_not_what_its_tokens_spell(board: FakeBoard) -> None:

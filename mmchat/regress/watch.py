@@ -132,4 +132,7 @@ class Watch:
 
 
 def _common(wanted: list[RowKey], old: Request) -> int:
-    return common_prefix([*row_keys(old.pieces), *old.ids], wanted)
+    """Rows that both begin with; an end token that the library kept is one more."""
+    held = [*row_keys(old.pieces), *old.ids]
+    n = common_prefix(held, wanted)
+    return n + (n == len(held) and old.done is not None and old.done.reason == "stop")
