@@ -199,7 +199,9 @@ class RkllmEngine:
             seconds = _believable(returned.perf, seconds)
 
         n_new_rows = self._n_computed(len(wanted), len(embeds), returned)
-        if returned is not None and returned.finished and not returned.aborted and answer.complete:
+        # A cancelled run may have finished before the abort, with tokens that were not taken any more.
+        is_sure = returned is not None and returned.finished and not returned.aborted and not should_stop()
+        if returned is not None and is_sure and answer.complete:
             self._held = self._after(wanted, answer, known=known, perf=returned.perf)
         n_reused = min(len(wanted) - n_new_rows, len(rows))
         cancelled = answer.reason is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mmchat.rkllm_embed import Findings, RkllmEngine, Strategy, _believable
 from mmchat.rkllm_model import Perf, RkllmModel
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, GREEDY, Answer, EngineContract, Kit, rewinds, run
-from tests.fakes import never
+from tests.fakes import eventually, never
 from tests.rkllm_standin.build import demo_model, library
 
 SPEC = open_model("demo")
@@ -330,6 +331,24 @@ def test_an_answer_can_be_cancelled_between_the_runs_of_its_prompt(
     assert [event.done for event in events[:-1]] == [0, 64, 128]
     assert events[-1].reason == "cancelled"
     assert run(engine, [kit.words(200)]).done.n_prefilled == 200
+
+
+def test_a_cancel_that_comes_when_the_library_has_finished_costs_no_strategy(
+    load: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that are not taken any more are no miscount of the library's."""
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    loaded, kit = load("1.3.0", "append"), Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
+    stop: list[bool] = []
+    n_tokens = 0
+    for event in loaded.generate([kit.words(20)], Sampling(max_new_tokens=12), lambda: bool(stop)):
+        n_tokens += isinstance(event, Token)
+        if isinstance(event, Token) and not stop:
+            eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "rkllm_run"])
+            stop.append(True)
+    assert n_tokens == 1
+    assert loaded.engine.strategy == "append"
+    assert run(loaded, [kit.words(20)]).done.n_prefilled == 20
 
 
 def test_the_librarys_own_seconds_are_told_where_they_can_be_true(load: Any, store: Store, monkeypatch: Any) -> None:

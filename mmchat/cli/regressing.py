@@ -79,7 +79,6 @@ def _run(opening: Opening, wanted: Wanted, talks: tuple[talk.Talk, ...]) -> Outc
         )
         with runtime:
             say("loading the model")
-            runtime.ready()
             if talks:
                 return hunt.replay(runtime, talks)
             database = wanted.database or state_folder() / "regress"

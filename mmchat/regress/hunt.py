@@ -33,6 +33,7 @@ from mmchat.runtime import Runtime
 
 _SHRINK_S = 60.0  # that a failure in the last minute still gets
 _SAY_EVERY_S = 20.0
+_MOST_CRASHES = 20  # that a profile keeps
 _LONGEST_PART = 0.1  # of the time, that a single prompt may take
 
 _COLOUR = "What colour is the background?"
@@ -140,7 +141,7 @@ def record_crash(runtime: Runtime, failure: Failure) -> None:
     profile = runtime.rkllm.profile
     known = profile.probes.get("regress", {}).get("crashes", [])
     crash = {"rows": failure.rows, "library_sha256": _sha256(runtime.rkllm.library), "what": failure.what}
-    profile.keep_probe("regress", {"crashes": [*known, crash]})
+    profile.keep_probe("regress", {"crashes": [*known, crash][-_MOST_CRASHES:]})
     if "died" not in failure.what:
         return
     watched, runtime.engine = runtime.engine, runtime.llm
@@ -182,6 +183,7 @@ class _Search:
         self._allowed_s = deadline - time.monotonic()
         self.most_rows: int | None = None  # that a prompt may have, for the time; None: all
         self._best: Failure | None = None
+        self._cost_s = 0.0  # of a talk that fails: a library that hangs takes long
         self._said = time.monotonic()
 
     def run(self, seed: int, database: Path) -> Failure | None:
@@ -241,7 +243,7 @@ class _Search:
     def _failed(self, talk: Talk) -> Failure | None:
         """Raises _Over."""
         now = time.monotonic()
-        if now > self._deadline:
+        if now + self._cost_s > self._deadline:
             raise _Over
         if now > self._said + _SAY_EVERY_S:
             self._said, player = now, self.trial.player
@@ -250,7 +252,10 @@ class _Search:
                 f"{player.watch.longest}, {max(0, self._deadline - now):.0f} s left"
             )
         failure = self.trial.attempt(talk)
-        if failure is not None and (self._best is None or failure.size < self._best.size):
+        if failure is not None and self._best is None:
+            self._cost_s = time.monotonic() - now
+        best = self._best
+        if failure is not None and (best is None or (failure.name == best.name and failure.size < best.size)):
             self._best = failure
         return failure
 
@@ -276,19 +281,19 @@ class _Search:
 
     def _is_smaller(self, talk: Talk, best: Failure) -> bool:
         """Whether it fails the same way; then it is the best."""
-        failure = self._failed(talk)
-        return failure is not None and failure.name == best.name and self._best is not best
+        return self._failed(talk) is not None and self._best is not best
 
     def _halve(self, number: int) -> None:
         """The shortest prompt of a step that fails, if all longer ones do."""
         assert self._best is not None
         talk = self._best.talks[0]
         low, high = 1, talk.steps[number].rows
-        if len(talk.steps) == 1 and self._best.rows:  # shorter ones were seen to work
+        if len(talk.steps) == 1 and self._best.rows and self._runtime.strategy != "append":  # shorter runs worked
             low = min(self.trial.player.watch.worked + 1, high)
         while low < high:
             middle = (low + high) // 2
-            if self._failed(_with(talk, number, rows=middle)) is not None:
+            failure = self._failed(_with(talk, number, rows=middle))
+            if failure is not None and failure.name == self._best.name:
                 high = middle
             else:
                 low = middle + 1

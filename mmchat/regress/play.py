@@ -18,7 +18,7 @@ from mmchat.engine import ImageRows, Piece
 from mmchat.errors import ContextFull, ImageError, MmchatError
 from mmchat.probe_runs import EQUAL_TOKENS
 from mmchat.prompt import Message, RowCounter
-from mmchat.record import ImageHandle
+from mmchat.record import ImageHandle, Turn
 from mmchat.regress.broken import AnswersDiffer, CapExceeded, CountsWrong, Crashed, PicturesDiffer, StrategiesDiffer
 from mmchat.regress.rows import fill
 from mmchat.regress.talk import Step, Talk
@@ -67,10 +67,9 @@ class Player:
         """Encode them once more, under other keys."""
         store = self.runtime.store
         for image in images:
-            if set(image.keys) <= set(self._again):
-                continue
-            again = {key: hashlib.sha256(os.urandom(16)).hexdigest() for key in image.keys}
-            slices = dict(zip(again.values(), image.pixels(), strict=True))
+            pixels = {key: cut for key, cut in zip(image.keys, image.pixels(), strict=True) if key not in self._again}
+            again = {key: hashlib.sha256(os.urandom(16)).hexdigest() for key in pixels}
+            slices = {again[key]: cut for key, cut in pixels.items()}
             try:
                 done = self.runtime.vision.encode(list(slices.items()))
             except MmchatError as error:
@@ -136,6 +135,8 @@ class _Conversations:
         self._runtime, self._watch, self._counter = player.runtime, player.watch, player._counter
         self._sessions: dict[int, Session] = {}
         self._exact = False  # the question's rows are known beforehand
+        self._sent: dict[int, tuple[Piece, ...]] = {}  # by the turn that came of it
+        self._turns: list[Turn] = []  # those, so that their ids stay theirs
 
     def play(self) -> list[ImageHandle]:
         """Returns the pictures that were sent."""
@@ -150,17 +151,19 @@ class _Conversations:
         return list(images.values())
 
     def _do(self, step: Step, session: Session) -> None:
-        n_turns = len(session.turns)
+        n_turns, self._exact = len(session.turns), False
         if step.do == "undo" and n_turns:
             session.undo(min(step.turn, n_turns))
         elif step.do == "branch":
             self._sessions[step.to] = session.branch(min(step.turn, n_turns))
         elif step.do == "again" and n_turns:
             before = session.turns[-1]
-            whole = session.turns[-1].stop_reason != "cancelled" and before.usage.n_new
             self._ask(step, session, session.regenerate(**_sampling(step)), base=n_turns - 1)
             after = session.turns[-1]
-            if whole and after is not before and after.stop_reason != "cancelled" and not _same(before.ids, after.ids):
+            is_comparable = "cancelled" not in (before.stop_reason, after.stop_reason)
+            # More room for the answer may have cost the prompt something.
+            is_comparable = is_comparable and self._sent.get(id(before)) == self._sent.get(id(after))
+            if is_comparable and not _same(before.ids, after.ids):
                 raise AnswersDiffer(f"asked again, {list(after.ids[:EQUAL_TOKENS])} after {list(before.ids)}")
         elif step.do in ("ask", "edit"):
             edits = step.do == "edit" and n_turns > 0
@@ -218,6 +221,8 @@ class _Conversations:
         if step.cancel_after == 0 or session.turns == before:
             return
         turn = session.turns[-1]
+        self._turns.append(turn)
+        self._sent[id(turn)] = request.pieces
         _check(len(session.turns) == base + 1, f"{len(session.turns)} turns are there after turn {base + 1}")
         n_slices = sum(image.slices for image in turn.images)
         _check(usage.slices_encoded + usage.slices_cached == n_slices, f"{n_slices} slices: {usage}")

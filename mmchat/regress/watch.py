@@ -75,7 +75,7 @@ class Watch:
         try:
             for event in self.client.generate(pieces, sampling, should_stop, resume_ids=resume_ids):
                 if isinstance(event, Restarted):
-                    raise Crashed(f"a run of {self.rows} rows: {event.why}", self.rows)
+                    raise Crashed(f"a prompt of {self.rows} rows: {event.why}", self.rows)
                 if isinstance(event, Token):
                     request.ids.append(event.id)
                 if isinstance(event, Done):
@@ -85,7 +85,7 @@ class Watch:
                     self.worked = max(self.worked, self.rows)
                 yield event
         except EngineError as error:
-            raise Crashed(f"a run of {self.rows} rows: {error}", self.rows) from None
+            raise Crashed(f"a prompt of {self.rows} rows: {error}", self.rows) from None
 
     def _check_cap(self, request: Request) -> None:
         rows, room = request.n_rows, request.sampling.max_new_tokens
@@ -132,4 +132,7 @@ class Watch:
 
 
 def _common(wanted: list[RowKey], old: Request) -> int:
-    return common_prefix([*row_keys(old.pieces), *old.ids], wanted)
+    """Rows that both begin with; an end token that the library kept is one more."""
+    held = [*row_keys(old.pieces), *old.ids]
+    n = common_prefix(held, wanted)
+    return n + (n == len(held) and old.done is not None and old.done.reason == "stop")
