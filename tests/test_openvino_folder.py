@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
@@ -30,7 +35,7 @@ from mmchat.prompt import CHAT_TEMPLATE, ChatTokenizer, Message, Text, render
 from mmchat.store import Store
 from tests.contract_engine import CONTEXT_ROWS, ENDLESS, EngineContract, Kit, run
 from tests.test_cli import mmchat_command, refused
-from tests.test_convert import quiet, sharded
+from tests.test_convert import RUN, digests, quiet, sharded
 from tests.test_demo import run_chat
 from tests.test_engine_contract import forgotten
 from tests.test_openvino_vision import pixels
@@ -299,12 +304,36 @@ def test_the_command_says_what_it_takes_and_goes_on_where_it_was(folder: Path, t
     assert open_model(target).openvino is not None
 
 
-def test_the_tokenizers_of_openvino_genai_are_written_where_they_can_be(tmp_path: Path) -> None:
-    pytest.importorskip("openvino_tokenizers")
-    pytest.importorskip("transformers")
-    for name, model in zip(openvino_folder.TOKENIZER_FILES, openvino_folder._tokenizers(SPEC.folder), strict=True):
-        ov.save_model(model, tmp_path / f"{name}.xml")
-        assert (tmp_path / f"{name}.bin").stat().st_size > 1000
+GO = RUN + (
+    "from pathlib import Path; from mmchat.convert import openvino_folder as step; from mmchat.model_dir import *\n"
+    "step._has_tokenizers = lambda: False\n"
+    "print('go', flush=True)\n"
+    "step.run(step.plan(open_model('demo'), 'fp16'), Path(sys.argv[1]), lambda *_: None)"
+)
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> None:
+    """kill -9, again and again, until one run is left alone; each in a process with other names for its nodes."""
+    n_kills = 30 if settings().max_examples > 1000 else 2
+    wanted = digests(convert(tmp_path / "wanted", "fp16"))
+    rng, target = random.Random(0), tmp_path / "out"
+    whole_s = interrupted = 0.0
+    for i in range(n_kills + 2):
+        with subprocess.Popen([sys.executable, "-c", GO, str(target)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"go\n"
+            began = time.perf_counter()
+            if 0 < i <= n_kills:
+                time.sleep(rng.uniform(0, whole_s))
+                process.kill()
+            interrupted += process.wait(timeout=120) != 0
+        if i == 0:
+            whole_s = time.perf_counter() - began
+        if i % 3 == 0 and i <= n_kills:  # from the beginning again
+            shutil.rmtree(target)
+    assert interrupted
+    assert digests(target) == wanted
+    assert [path.name for path in target.glob(".*")] == [".mmchat-convert.json"]
 
 
 def test_the_chat_template_is_the_one_that_prompts_are_made_of() -> None:
