@@ -34,7 +34,9 @@ def compare(
     pictures = asking.pictures_in(Path(folder), most)
     for model in (a, b):
         open_model(model.folder)  # the second one, too, before the first has worked for an hour
-    names = [model.folder if a.folder != b.folder else f"{model.folder} ({model.engine})" for model in (a, b)]
+    names = [Path(model.folder).name for model in (a, b)]
+    if names[0] == names[1]:
+        names = [model.folder if a.folder != b.folder else f"{model.folder} ({model.engine})" for model in (a, b)]
     found = asking.compare(
         a,
         b,

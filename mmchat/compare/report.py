@@ -8,6 +8,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from mmchat.images import read_image
 _THUMBNAIL = (320, 320)
 _STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
-table { border-collapse: collapse; margin: 1rem 0 2rem; }
+table { border-collapse: collapse; margin: .4rem 0 1rem; }
+th { white-space: nowrap; }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 section { display: flex; gap: 1.5rem; padding: 1.2rem 0; border-top: 2px solid #ccc; flex-wrap: wrap; }
 section > img { max-width: 320px; height: auto; align-self: flex-start; }
 section > div { flex: 1 1 24rem; min-width: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; margin: 0 0 .4rem; } small { color: #555; } mark { background: #ffe08a; }
+h2 { font-size: 1.05rem; margin: 1rem 0 0; } small { color: #555; } mark { background: #ffe08a; }
 """
 
 
@@ -100,14 +102,17 @@ def _page(found: Sequence[Compared], a: str, b: str, pictures: dict[str, Path]) 
         '<meta name="viewport" content="width=device-width">',
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><table>{table}</table>",
     ]
-    shown = {name: _thumbnail(pictures[name]) for name in {one.picture for one in found}}
-    for one in found:
-        cosines = ", ".join(f"{value:.5f}" for value in one.slices.cosines or ()) or "cut differently"
+    for name, group in groupby(found, key=lambda one: one.picture):
+        asked = list(group)
+        cosines = ", ".join(f"{value:.5f}" for value in asked[0].slices.cosines or ()) or "cut differently"
         parts.append(
-            f'<section><img src="{shown[one.picture]}" alt="{html.escape(one.picture)}"><div>'
-            f"<h2>{html.escape(one.question)}</h2><small>{html.escape(one.picture)}; cosine of each slice: {cosines}"
-            f"</small><table>{_answer(a, one.answers, 0)}{_answer(b, one.answers, 1)}</table></div></section>"
+            f'<section><img src="{_thumbnail(pictures[name])}" alt="{html.escape(name)}"><div>'
+            f"<small>{html.escape(name)}; cosine of each slice: {cosines}</small>"
         )
+        for one in asked:
+            lines = _answer(a, one.answers, 0) + _answer(b, one.answers, 1)
+            parts.append(f"<h2>{html.escape(one.question)}</h2><table>{lines}</table>")
+        parts.append("</div></section>")
     return "\n".join([*parts, "</html>\n"])
 
 
