@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fetch",),
     ("convert", "pull"),
     ("runtime", "calibrate"),
-    ("bench", "video", "regress"),
+    ("bench", "video", "compare", "regress"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

@@ -372,6 +372,52 @@ def bench(
         benching.bench(section, model, as_json, save)
 
 
+@app.command()
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help='A model folder, or "demo".')],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="What is compared with it.")],
+    pictures: Annotated[str, typer.Option(metavar="DIR", help="A folder of pictures.")],
+    question: Annotated[
+        list[str] | None, typer.Option(help="Asked about each picture; repeatable. [default: Describe the image.]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N pictures only.")] = None,
+    engine_a: options.Engine = "auto",
+    engine_b: options.Engine = "auto",
+    max_slices: options.MaxSlices = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 64,
+    judge: Annotated[
+        str | None, typer.Option(help="clip: score each answer by a CLIP model (needs torch and transformers).")
+    ] = None,
+    judge_weights: Annotated[str | None, typer.Option(metavar="DIR", help="The CLIP model's folder.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Write compare.json, .csv and .html there.")
+    ] = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ask two models the same about the same pictures: what becomes of embeddings, tokens and texts.
+
+    One is in memory at a time; always the most likely token is taken.
+    """
+    with options.errors_as_lines():
+        from mmchat.cli import comparing
+        from mmchat.compare.asking import Model
+
+        comparing.compare(
+            Model(model_a, engine_a, threads),
+            Model(model_b, engine_b, threads),
+            pictures,
+            question or [],
+            most=limit,
+            max_slices=max_slices,
+            max_new_tokens=max_new_tokens,
+            judge=judge,
+            judge_weights=judge_weights,
+            output=output,
+            as_json=as_json,
+        )
+
+
 @store_app.command()
 def info(folder: options.StoreFolder = None, as_json: options.AsJson = False) -> None:
     """Where the embeddings are, how many, and how much room they take."""

@@ -1,0 +1,7 @@
+"""Two models, the same pictures and questions: what the one does to the other's embeddings and answers.
+
+facts     what is compared, as numbers
+asking    each model in turn, alone in memory, without anything cached
+judge     how well an answer goes with its picture, by a CLIP model of the user's
+report    JSON, CSV and a page with the pictures
+"""
