@@ -9,6 +9,8 @@ serve(config) -> (facts about it, handler); handler(request, should_stop) -> eve
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import importlib
 import os
@@ -24,6 +26,9 @@ from typing import Any
 
 from mmchat.errors import ContextFull, EngineError, MissingEmbeddings, MmchatError
 from mmchat.frames import Channel, FrameError, PeerGone
+
+# Requests after which free memory goes back to the system: takes some milliseconds.
+_TRIM_EVERY = 16
 
 Handler = Callable[[dict[str, Any], Callable[[], bool]], Iterator[dict[str, Any]]]
 Serve = Callable[[dict[str, Any]], tuple[dict[str, Any], Handler]]
@@ -66,6 +71,15 @@ def _die_with(lifeline: int) -> None:
         os._exit(0)
 
 
+def _trim() -> None:
+    """Hand free memory back: buffers that grow row by row leave holes, with the demo model 50 MB over 300 answers.
+
+    (With glibc.  MALLOC_MMAP_THRESHOLD_ would keep the holes from coming, but costs a tenth of the speed.)
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _exit(code: int) -> None:
     sys.stderr.flush()
     os._exit(code)  # not exit(): a vendor library's destructors may crash or hang
@@ -90,6 +104,8 @@ class _Loop:
                 raise
             except Exception as error:
                 self._channel.send({"id": number, "error": _to_wire(error)})
+            if number % _TRIM_EVERY == 0:
+                _trim()
 
     def _read(self) -> None:
         try:

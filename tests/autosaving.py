@@ -1,8 +1,9 @@
 """A program for test_kill.py: talks without a model, saves after every turn, and says when a turn is over.
 
-    python -m tests.autosaving FILE STORE
+    python -m tests.autosaving FILE STORE [BYTES]
 
 The disk is a slow one, so that most of the time goes into writing.  Every third turn takes the two before it back.
+With BYTES it kills itself when it has written so many, to whatever file.
 Prints {"turns": [texts so far]} after each.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,11 +31,17 @@ PICTURE = b"P6 800 600 255\n"  # 1.4 MB of noise
 
 
 real_pwrite = os.pwrite
+left = sys.maxsize  # bytes to be written before it kills itself
 
 
 def slow_pwrite(descriptor: int, data: Any, at: int) -> int:
+    global left
     time.sleep(0.001)
-    return real_pwrite(descriptor, data[:10_000], at)
+    n = real_pwrite(descriptor, data[: min(10_000, left)], at)
+    left -= n
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
 
 
 def main(file: Path, root: Path) -> None:
@@ -66,4 +74,5 @@ def told(turns: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    left = int(sys.argv[3]) if len(sys.argv) > 3 else left
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -105,6 +105,18 @@ def do_hog(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]
     sum(iter(int, 1))
 
 
+_KEPT: list[bytes] = []
+
+
+def do_holes(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
+    """Much memory, and free again but for a little here and there."""
+    blocks = []
+    for _ in range(500):
+        blocks.append(b"x" * 100_000)
+        _KEPT.append(b"x" * 1_000)
+    yield {"i": 0}
+
+
 def do_raw(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
     """Bytes that are no event, straight into the channel."""
     yield {"i": 0}

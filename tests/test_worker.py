@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -84,6 +85,23 @@ def test_start_does_not_wait(make: Make) -> None:
     worker.start()
     assert time.monotonic() - started < 5
     assert worker.pid is not None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_free_memory_goes_back_to_the_system(make: Make) -> None:
+    worker = make()
+    count(worker)
+    before = resident_mb(worker)
+    ask(worker, "holes")
+    assert resident_mb(worker) > before + 20
+    for _ in range(20):
+        count(worker)
+    assert resident_mb(worker) < before + 10
+
+
+def resident_mb(worker: Worker) -> float:
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1000
 
 
 def test_what_serve_raises_reaches_the_caller_and_leaves_no_child(make: Make) -> None:
