@@ -57,8 +57,9 @@ _MORE_RULES = 2  # that logs may name, one per build
 _CHECKED, _CALIBRATED = 4, 32  # views
 _INT8_MASKED = -30.0
 _INPUTS = ("patches", "position_rows", "key_mask", "key_positions")
-# Of the toolkit, per byte of the ONNX, simulator included: 3.75 GB and 30 s were seen for 0.55 GB.
-_MEMORY_PER_BYTE, _SECONDS_PER_BYTE, _SECONDS_PER_VIEW = 6.5, 4e-8, 6e-9
+# Of the toolkit, per byte of the ONNX, onnxruntime and simulator included: 0.47 GB (4 layers at full size) took 3.6 GB
+# and 160 s of one CPU.
+_MEMORY_PER_BYTE, _SECONDS_PER_BYTE, _SECONDS_PER_VIEW = 6.5, 1.5e-7, 2.5e-8
 
 
 @dataclass(frozen=True)
