@@ -6,12 +6,15 @@ MmchatError                     catch this one
 ├── PromptError (ValueError)    a conversation has no valid prompt
 ├── ContextFull (ValueError)    the prompt and the answer do not fit the context
 ├── ModelDirError (ValueError)  a model folder or one of its files is missing, foreign or damaged
+├── OptionError (ValueError)    an option has a value that cannot be
 ├── DownloadError               something could not be fetched, or is not what it should be
 ├── DiskFull                    a result does not fit on the disk
+├── ToolkitError                a converter of Rockchip's is missing, failed, or made something that is wrong
 ├── StoreError                  the embedding store cannot be read or written
 │   └── MissingEmbeddings       it no longer has what a request refers to
 ├── SessionError (ValueError)   a session call that its state does not allow
 ├── BundleError (ValueError)    a saved session cannot be read or written
+├── RegressError (ValueError)   a conversation to be tried cannot be read or made
 ├── EngineBusy                  another answer is still being streamed by the same thread
 └── EngineError                 the engine failed
     ├── SamplingFixed           it must be loaded again for these sampling values (clients do so)
@@ -66,6 +69,10 @@ class ModelDirError(MmchatError, ValueError):
     """A model folder, or a file in it, is missing, foreign or damaged."""
 
 
+class OptionError(MmchatError, ValueError):
+    """An option has a value that cannot be; the text names both, and what can."""
+
+
 class DownloadError(MmchatError):
     """Something could not be fetched, or what came is not what the hub describes."""
 
@@ -76,6 +83,17 @@ class DiskFull(MmchatError):
     def __init__(self, folder: object, needed: int, free: int) -> None:
         self.needed, self.free = needed, free
         super().__init__(f"{folder}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free: make room")
+
+
+class ToolkitError(MmchatError):
+    """Rockchip's rknn-toolkit2 or rkllm-toolkit is missing, failed, or its result is not what it should be.
+
+    call: the toolkit's function, or "".  log: all that it wrote.
+    """
+
+    def __init__(self, message: str, call: str = "", log: str = "") -> None:
+        self.call, self.log = call, log
+        super().__init__(message)
 
 
 class StoreError(MmchatError):
@@ -96,6 +114,10 @@ class SessionError(MmchatError, ValueError):
 
 class BundleError(MmchatError, ValueError):
     """A saved session is missing, foreign or damaged, or cannot be written."""
+
+
+class RegressError(MmchatError, ValueError):
+    """A conversation to be tried (mmchat.regress) cannot be read or made; or what trying it needs is not installed."""
 
 
 class EngineBusy(MmchatError):

@@ -73,6 +73,7 @@ class LlmClient:
     ) -> None:
         """rkllm: run the model on RKLLM; None is OpenVINO."""
         self.context_rows = context_rows
+        self.silence_s: float | None = None  # the longest that the engine may say nothing; None: SILENCE_S
         self._rkllm = rkllm
         self._config: dict[str, Any] = {
             "folder": str(spec.folder),
@@ -97,6 +98,18 @@ class LlmClient:
         if profile is None or profile.safe_rows is None or profile.chunks:
             return self.context_rows
         return min(profile.safe_rows, self.context_rows)
+
+    def forget(self, strategy: str | None = None) -> str:
+        """The next answer is computed whole, whatever is cached; for whoever compares the two.
+
+        strategy: what RKLLM's engine does with its cache from now on, until its worker ends; None: as the profile has
+        it.  Returns what the engine did until now, which is "resend" where it gave up another one.
+
+        Raises what loading the model raises, WorkerError.
+        """
+        findings = self._rkllm.profile.findings(strategy) if self._rkllm else None
+        (told,) = self.worker.call({"forget": findings}, silence_s=self.silence_s or SILENCE_S)
+        return str(told["strategy"])
 
     def generate(
         self,
@@ -123,7 +136,9 @@ class LlmClient:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
             try:
-                for message in self.worker.call(request, silence_s=SILENCE_S, should_stop=should_stop):
+                for message in self.worker.call(
+                    request, silence_s=self.silence_s or SILENCE_S, should_stop=should_stop
+                ):
                     event = _event_from_wire(message)
                     if n_rows_run and not (isinstance(event, Prefill) and event.done == 0):
                         self._worked(n_rows_run)
@@ -204,9 +219,12 @@ class LlmClient:
 
 def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     """In the child: load the model, answer requests."""
-    engine = _rkllm(config) if config["rkllm"] else _openvino(config)
+    engine, forget = _rkllm(config) if config["rkllm"] else _openvino(config)
 
     def handle(request: dict[str, Any], should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        if "forget" in request:
+            yield {"strategy": forget(request["forget"])}
+            return
         pieces = _pieces_from_wire(request["pieces"])
         sampling = Sampling.from_dict(request["sampling"])
         for event in engine.generate(pieces, sampling, should_stop, resume_ids=request["resume_ids"]):
@@ -215,12 +233,15 @@ def serve(config: dict[str, Any]) -> tuple[dict[str, Any], Handler]:
     return {"context_rows": engine.context_rows}, handle
 
 
-def _openvino(config: dict[str, Any]) -> Engine:
+_Forget = Callable[[Any], str]  # takes findings (RKLLM), gives what the engine did with its cache
+
+
+def _openvino(config: dict[str, Any]) -> tuple[Engine, _Forget]:
     from mmchat.openvino_engine import open_engine
     from mmchat.prompt import ChatTokenizer
 
     spec = open_model(Path(config["folder"]))
-    return open_engine(
+    engine = open_engine(
         spec,
         ChatTokenizer(spec.tokenizer_path),
         Store(**config["store"]).get,
@@ -228,8 +249,14 @@ def _openvino(config: dict[str, Any]) -> Engine:
         n_threads=config["n_threads"],
     )
 
+    def forget(findings: Any) -> str:
+        engine.forget()
+        return "rewind"
 
-def _rkllm(config: dict[str, Any]) -> Engine:
+    return engine, forget
+
+
+def _rkllm(config: dict[str, Any]) -> tuple[Engine, _Forget]:
     from mmchat.rkllm_embed import Findings, RkllmEngine, load_board
 
     spec, options = open_model(Path(config["folder"])), config["rkllm"]
@@ -241,7 +268,7 @@ def _rkllm(config: dict[str, Any]) -> Engine:
         context_rows=config["context_rows"],
         sampling=Sampling.from_dict(options["sampling"]),
     )
-    return RkllmEngine(
+    engine = RkllmEngine(
         model,
         table,
         tokenizer,
@@ -249,6 +276,13 @@ def _rkllm(config: dict[str, Any]) -> Engine:
         context_rows=config["context_rows"],
         findings=Findings(**options["findings"]),
     )
+
+    def forget(findings: Any) -> str:
+        strategy = engine.strategy
+        engine.forget(Findings(**findings))
+        return strategy
+
+    return engine, forget
 
 
 def _pieces_to_wire(pieces: Sequence[Piece]) -> list[Any]:

@@ -161,6 +161,10 @@ class OpenVinoEngine:
             generate_s=time.perf_counter() - prefilled,
         )
 
+    def forget(self) -> None:
+        """Hold nothing: the next answer is computed whole."""
+        self._caches = [_Cache(self._compiled.create_infer_request())]
+
     def _feed(self, embeds: NDArray[np.float32], keys: list[RowKey]) -> NDArray[np.float32]:
         """Append rows to the current cache; (vocab,) scores after the last of them."""
         past, n = len(self._cache.held), len(embeds)

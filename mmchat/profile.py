@@ -69,11 +69,22 @@ class Profile:
                 setattr(profile, known.name, values[known.name])
         return profile
 
-    def findings(self) -> dict[str, Any]:
-        """As mmchat.rkllm_embed.Findings takes them."""
-        return {
-            "strategy": self.strategy, "rewinds": self.rewinds, "safe_rows": self.safe_rows, "chunks": self.chunks
-        }  # fmt: skip
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """Strategies that calibration saw at work, the chosen one first."""
+        if self.strategy == "resend":
+            return ("resend",)
+        works = [name for name in ("prefix", "append") if self.probes.get(name, {}).get("works")]
+        return tuple(dict.fromkeys((self.strategy, *works, "resend")))
+
+    def findings(self, strategy: str | None = None) -> dict[str, Any]:
+        """As mmchat.rkllm_embed.Findings takes them.  strategy: as if this one had been chosen."""
+        rewinds, chunks = self.rewinds, self.chunks
+        if strategy is not None and strategy != self.strategy:
+            rewinds = strategy == "prefix" and self.probes.get("prefix", {}).get("rewinds", False)
+            chunks = strategy == "append" and self.probes.get("append", {}).get("chunks", False)
+        strategy = strategy or self.strategy
+        return {"strategy": strategy, "rewinds": rewinds, "safe_rows": self.safe_rows, "chunks": chunks}
 
     def keep_probe(self, name: str, result: dict[str, Any]) -> None:
         """Record what one probe has found so far."""

@@ -120,11 +120,15 @@ class RkllmEngine:
 
         load_image: the embedding under a store key, or None where it is not there.
         """
-        findings = findings or Findings()
         self._model, self._table, self._tokenizer, self._load_image = model, table, tokenizer, load_image
-        self._context_rows, self._safe_rows, self._rewinds = context_rows, findings.safe_rows, findings.rewinds
-        self.strategy: Strategy = _possible(findings.strategy, model.family)
-        self._chunks = findings.chunks and model.family.run_sampling
+        self._context_rows = context_rows
+        self.forget(findings or Findings())
+
+    def forget(self, findings: Findings) -> None:
+        """Go by these findings, and trust nothing that the KV cache holds: it is cleared before the next run."""
+        self._safe_rows, self._rewinds = findings.safe_rows, findings.rewinds
+        self.strategy: Strategy = _possible(findings.strategy, self._model.family)
+        self._chunks = findings.chunks and self._model.family.run_sampling
         self._n_misfed = 0  # in a row
         self._held: list[RowKey] | None = None  # what the KV cache holds; None: nobody knows
 

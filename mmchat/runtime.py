@@ -10,6 +10,7 @@ from typing import Any
 
 from mmchat.bundle import Bundle
 from mmchat.context import Policy
+from mmchat.engine import Engine
 from mmchat.errors import ModelDirError
 from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
@@ -35,15 +36,16 @@ class Runtime:
         self.store = store
         self.tokenizer = ChatTokenizer(spec.tokenizer_path)
         self.llm = LlmClient(spec, store, context_rows=context_rows, n_threads=n_threads, rkllm=rkllm)
+        self.engine: Engine = self.llm  # what new sessions are given; whoever watches it puts another one around it
         self.vision = open_vision(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
         self.parallel = not (rkllm and rkllm.npu)  # whether encoder and LLM may work at the same time
-        self._rkllm = rkllm
+        self.rkllm = rkllm  # None with another engine
         self._outlook = _outlook(rkllm.profile) if rkllm else Outlook(n_caches=cpu_caches(spec.llm, context_rows))
 
     @property
     def strategy(self) -> str:
         """What the engine does with its KV cache: "rewind" (OpenVINO), or RKLLM's, as its profile has it."""
-        return self._rkllm.profile.strategy if self._rkllm else "rewind"
+        return self.rkllm.profile.strategy if self.rkllm else "rewind"
 
     @property
     def context_rows(self) -> int:
@@ -107,7 +109,9 @@ class Runtime:
         return session
 
     def _session(self, **options: Any) -> Session:
-        return Session(self.spec, self.tokenizer, self.store, self.vision, self.llm, outlook=self._outlook, **options)
+        return Session(
+            self.spec, self.tokenizer, self.store, self.vision, self.engine, outlook=self._outlook, **options
+        )
 
     def ready(self) -> None:
         """Wait until the LLM is loaded.  Raises ModelDirError, WorkerDied, WorkerTimeout."""

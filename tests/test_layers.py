@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fetch",),
     ("convert", "pull"),
     ("runtime", "calibrate"),
-    ("bench", "video", "compare"),
+    ("bench", "video", "regress", "compare"),
     ("cli",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}

@@ -336,7 +336,8 @@ def test_a_slow_answer_is_followed_by_the_newest_frame(tmp_path: Path) -> None:
     got: list[Any] = []
     reader = threading.Thread(target=lambda: got.append(next(running)))
     reader.start()
-    given.acquire()  # the first frame is being answered
+    given.acquire()
+    assert fake.engine.waits.wait(60)  # the first frame is being answered
     go_on.release()
     for _ in range(6):
         given.acquire()

@@ -383,11 +383,12 @@ def test_leaving_early_leaves_no_thread(fake: FakeRuntime) -> None:
     def forever() -> Iterator[Any]:
         yield from map(distinct, itertools.count())
 
+    before = set(threading.enumerate())
     for live in (False, True):
         running = captions(fake.rt, Arrays(forever(), live=live), every=0, **ASK)
         next(running)
         running.close()
-        assert not [thread for thread in threading.enumerate() if thread.name == "mmchat-feed"]
+        assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "mmchat-feed"]
 
 
 def test_an_error_of_the_iterator_reaches_the_reader(fake: FakeRuntime) -> None:

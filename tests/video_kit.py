@@ -33,7 +33,7 @@ COLOURS = ("red", "green", "blue", "white", "yellow", "purple")
 class Engine(FakeEngine):
     """faults: exceptions of the next requests.  prompts: the texts that were sent, pictures as <>, where kept.
 
-    gate: where it is set, every answer waits for it.
+    gate: where it is set, every answer waits for it; waits: an answer has come to it.
     """
 
     def __init__(self, store: Store, context_rows: int) -> None:
@@ -41,6 +41,7 @@ class Engine(FakeEngine):
         self.faults: list[Exception | None] = []
         self.prompts: list[str] | None = None
         self.gate: threading.Event | None = None
+        self.waits = threading.Event()
 
     def generate(
         self, pieces: Sequence[Piece], sampling: Sampling, should_stop: Any, *, resume_ids: Sequence[int] = ()
@@ -51,6 +52,7 @@ class Engine(FakeEngine):
         if self.prompts is not None:
             self.prompts.append("".join(_shown(piece) for piece in pieces))
         if self.gate is not None:
+            self.waits.set()
             assert self.gate.wait(60)
         return super().generate(pieces, sampling, should_stop, resume_ids=resume_ids)
 

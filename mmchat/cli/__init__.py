@@ -299,6 +299,43 @@ def calibrate(
 
 
 @app.command()
+def regress(
+    model: options.Model = "demo",
+    minutes: Annotated[float, typer.Option(help="How long to look for a failure.")] = 10,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn. [default: another each time]")] = None,
+    database: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What failed before, tried first. [default: ~/.local/state/mmchat/regress]"),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write all that was found.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write it as JUnit XML, for CI.")] = None,
+    save: Annotated[Path, typer.Option(metavar="FILE", help="Where to keep the failing conversation.")] = Path(
+        "mmchat-regress.json"
+    ),
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Play a conversation that failed, instead of looking for one.")
+    ] = None,
+    engine: options.Engine = "auto",
+    store: options.StoreFolder = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Look for a conversation that this board, library and model fail at, and make it small.
+
+    Prompts of all lengths, pictures, edits, cancels and several sessions, drawn by hypothesis.  The exit code is 1
+    where something failed.
+    """
+    from mmchat.cli import regressing
+
+    with options.errors_as_lines():
+        regressing.regress(
+            options.Opening(model, engine, store, context, threads),
+            regressing.Wanted(minutes, seed, database, report, junit, save, replay, as_json),
+        )
+
+
+@app.command()
 def doctor(
     model: Annotated[
         str | None, typer.Argument(metavar="[DIR]", help='A model folder, or "demo", to look at as well.')

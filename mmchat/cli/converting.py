@@ -102,6 +102,94 @@ def openvino(
         _run(plan.estimate, path, dry_run, as_json, lambda bars: step.run(plan, path, bars))
 
 
+@app.command("vision-rknn")
+def vision_rknn(
+    onnx: Annotated[str, typer.Argument(metavar="ONNX", help="The folder that convert vision-onnx wrote.")],
+    target: Annotated[str, typer.Argument(metavar="FILE", help="The encoder to write (*.rknn).")],
+    chip: Annotated[str, typer.Option("--target", metavar="CHIP", help="rk3588 or rk3576.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Eight bits instead of float16; needs --pictures.")] = False,
+    pictures: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Pictures to check with, and to calibrate --int8 with.")
+    ] = None,
+    min_cosine: Annotated[float, typer.Option(help="How alike simulator and ONNX must be.")] = 0.999,
+    python: options.ToolkitPython = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compile the encoder for an NPU with rknn-toolkit2, and compare its PC simulator with the ONNX.
+
+    The toolkit runs in a Python environment of its own: --python or $MMCHAT_RKNN_PYTHON names its interpreter.
+    """
+    with options.errors_as_lines():
+        from mmchat.convert import toolkit
+        from mmchat.convert import vision_rknn as step
+
+        folder = Path(pictures) if pictures else None
+        plan = step.plan(Path(onnx), chip, int8=int8, pictures=folder, min_cosine=min_cosine)
+        path = Path(target)
+        _drive(plan.estimate, path, dry_run, as_json, lambda: step.run(plan, path, toolkit.RKNN.python(python), say))
+
+
+@app.command("llm-rkllm")
+def llm_rkllm(
+    checkpoint: Source,
+    target: Annotated[str, typer.Argument(metavar="FILE", help="The model to write (*.rkllm).")],
+    chip: Annotated[str, typer.Option("--target", metavar="CHIP", help="rk3588 or rk3576.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="rk3588: w8a8, w8a8_g128, w8a8_g256, w8a8_g512; rk3576: w4a16, w4a16_g32, w4a16_g64, w4a16_g128, "
+            "w8a8. [default: the first]",
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Rows of context: a multiple of 32, at most 16384. [default: 4096 or the model's]"),
+    ] = None,
+    optimization_level: Annotated[int, typer.Option(help="1 for precision, 0 for speed.")] = 1,
+    num_npu_core: Annotated[int | None, typer.Option(help="[default: all]")] = None,
+    algorithm: Annotated[str, typer.Option(help="normal; for w4a16 also grq (needs --device cuda) or gdq.")] = "normal",
+    hybrid_rate: Annotated[float, typer.Option(help="Share of layers with groups, from 0 to below 1.")] = 0.0,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Pictures, or the vendor's JSON of pictures and questions.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    load_dtype: Annotated[str, typer.Option(help="float32, or bfloat16 with half the memory.")] = "float32",
+    python: options.ToolkitPython = None,
+    dry_run: DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Convert the LLM with rkllm-toolkit, from the checkpoint.  Written from its documents, never run with it.
+
+    The toolkit runs in a Python environment of its own: --python or $MMCHAT_RKLLM_PYTHON names its interpreter.
+    """
+    with options.errors_as_lines():
+        from mmchat.cli.bars import Bars
+        from mmchat.convert import llm_rkllm as step
+        from mmchat.convert import toolkit
+
+        wanted = step.Options(
+            chip,
+            step.default_dtype(chip) if dtype is None else dtype,
+            step.default_context(checkpoint) if max_context is None else max_context,
+            optimization_level,
+            num_npu_core,
+            algorithm,
+            hybrid_rate,
+            device,
+            load_dtype,
+        )
+        plan = step.plan(checkpoint, wanted, Path(calibration) if calibration else None)
+        path = Path(target)
+
+        def run() -> dict[str, Any]:
+            with Bars() as bars:
+                return step.run(plan, path, toolkit.RKLLM.python(python), say, bars)
+
+        _drive(plan.estimate, path, dry_run, as_json, run)
+
+
 def _folder(checkpoint: str) -> Path:
     from mmchat.model_dir import model_folder
 
@@ -122,3 +210,15 @@ def _run(estimate: Estimate, target: Path, dry_run: bool, as_json: bool, run: Ca
     with Bars() as bars:
         run(bars)
     print(json.dumps(said) if as_json else target)
+
+
+def _drive(estimate: Estimate, target: Path, dry_run: bool, as_json: bool, run: Callable[[], dict[str, Any]]) -> None:
+    """The same for what a toolkit does in a process of its own.  run: gives a report, for stderr or --json."""
+    if dry_run:
+        _run(estimate, target, dry_run, as_json, lambda bars: None)
+        return
+    say(estimate.describe(target.parent))
+    report = run()
+    print(json.dumps({"target": str(target), **report}) if as_json else target)
+    if not as_json:
+        say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.items()))

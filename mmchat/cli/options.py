@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmchat.engine import Sampling
-from mmchat.errors import MmchatError, PromptError, SessionError
+from mmchat.errors import MmchatError, OptionError, PromptError, SessionError
 
 if TYPE_CHECKING:
     from mmchat.context import Policy
@@ -51,6 +51,9 @@ PolicySteps = Annotated[
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print a table of times after each answer.")]
+ToolkitPython = Annotated[
+    str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the toolkit's environment.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -150,7 +153,7 @@ def errors_as_lines() -> Iterator[None]:
     """What users can do something about becomes one line and an exit code; --debug shows where it came from."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OptionError) as error:
         say(error)
         raise typer.Exit(2) from None
     except (MmchatError, OSError) as error:

@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 from mmchat.checkpoint import Checkpoint, to_float32, write_atomic, write_tensors
 from mmchat.convert.step import Estimate, Progress
 from mmchat.errors import ModelDirError
-from mmchat.model_dir import ModelSpec, VisionSpec
+from mmchat.model_dir import POSITIONS, ModelSpec, VisionSpec
 from mmchat.outputs import Work, check_space, only_writer, stamp
 
 MODEL_FILE, DATA_FILE, POSITIONS_FILE = "vision.onnx", "vision.onnx.data", "vision_positions.safetensors"
-_POSITIONS = "vpm.embeddings.position_embedding.weight"
 _OPSET, _IR_VERSION = 19, 9  # the newest that rknn-toolkit2 2.5.0 was seen to take
 _ALIGNMENT = 4096  # of weights in their file, as the format recommends
 _RESAMPLER_EPS = 1e-6
@@ -138,9 +137,9 @@ def run(plan: Plan, target: Path, progress: Progress) -> None:
         if not work.has(DATA_FILE):
             write_atomic(work.prepare(DATA_FILE), lambda file: _write_data(plan, file, progress))
             work.finish(DATA_FILE)
-        info, table = checkpoint.info(_POSITIONS), checkpoint.array(_POSITIONS)
+        info, table = checkpoint.info(POSITIONS), checkpoint.array(POSITIONS)
         positions = work.prepare(POSITIONS_FILE)
-        write_tensors(positions, {_POSITIONS: (info.dtype, info.shape, [np.ascontiguousarray(table).tobytes()])})
+        write_tensors(positions, {POSITIONS: (info.dtype, info.shape, [np.ascontiguousarray(table).tobytes()])})
         work.finish(POSITIONS_FILE)
         content = to_onnx(plan).SerializeToString()
         write_atomic(work.prepare(MODEL_FILE), lambda file: file.write(content))

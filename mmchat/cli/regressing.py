@@ -1,0 +1,87 @@
+"""mmchat regress."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+import mmchat
+from mmchat.cli.options import Opening, UsageError, say
+from mmchat.errors import RegressError
+from mmchat.profile import state_folder
+from mmchat.regress import report, talk
+
+if TYPE_CHECKING:
+    from mmchat.regress.hunt import Outcome
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to do and to write; see the options of `mmchat regress`."""
+
+    minutes: float
+    seed: int | None
+    database: Path | None
+    report: Path | None
+    junit: Path | None
+    save: Path
+    replay: Path | None
+    as_json: bool
+
+
+def regress(opening: Opening, wanted: Wanted) -> None:
+    if wanted.minutes <= 0:
+        raise UsageError(f"--minutes is {wanted.minutes:g}; it must be more than 0")
+    try:
+        talks = talk.load(wanted.replay) if wanted.replay else ()
+    except RegressError as error:
+        raise UsageError(f"--replay {error}") from None
+    _check_hypothesis()
+    for path in (wanted.report, wanted.junit, wanted.save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no such folder to write it to")
+    outcome = _run(opening, wanted, talks)
+    saved = None
+    if outcome.failure and not wanted.replay:
+        talk.save(outcome.failure.talks, wanted.save)
+        saved = wanted.save
+    if wanted.report:
+        report.write(wanted.report, json.dumps(report.to_dict(outcome, saved), indent=2).encode() + b"\n")
+    if wanted.junit:
+        report.write(wanted.junit, report.to_junit(outcome))
+    print(json.dumps(report.to_dict(outcome, saved)) if wanted.as_json else report.to_text(outcome, saved))
+    if not outcome.good:
+        raise typer.Exit(1)
+
+
+def _check_hypothesis() -> None:
+    try:
+        import hypothesis  # noqa: F401
+    except ImportError:
+        raise UsageError("regress needs hypothesis: pip install 'mmchat[regress]'") from None
+
+
+def _run(opening: Opening, wanted: Wanted, talks: tuple[talk.Talk, ...]) -> Outcome:
+    from mmchat.regress import hunt
+
+    with tempfile.TemporaryDirectory(prefix="mmchat-") as folder:
+        runtime = mmchat.open(
+            opening.model,
+            engine=opening.engine,
+            store=opening.store or folder,  # an empty one: pictures are to be encoded
+            context_rows=opening.context,
+            n_threads=opening.threads,
+        )
+        with runtime:
+            say("loading the model")
+            runtime.ready()
+            if talks:
+                return hunt.replay(runtime, talks)
+            database = wanted.database or state_folder() / "regress"
+            database.mkdir(parents=True, exist_ok=True)
+            return hunt.hunt(runtime, minutes=wanted.minutes, seed=wanted.seed, database=database, say=say)
