@@ -38,7 +38,7 @@ def mmchat_command(
     """stdout and stderr."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     command = [*MMCHAT, *map(str, words)]
-    done = subprocess.run(command, input=data, capture_output=True, timeout=120, env={**os.environ, **(env or {})})
+    done = subprocess.run(command, input=data, capture_output=True, timeout=300, env={**os.environ, **(env or {})})
     out, err = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == code, err
     assert "Traceback" not in err

@@ -62,6 +62,7 @@ def run(page: str) -> None:
                 mmchat_command(*words)
 
 
+@pytest.mark.timeout(900)  # many commands, and NNCF takes long to import
 def test_every_command_for_a_pc_runs(here: Path) -> None:
     run("pc.md")
     assert open_model(here / "CHECKPOINT").llm.n_layers == open_model(here / "int4").llm.n_layers == 4
