@@ -244,6 +244,14 @@ def test_a_picture_with_slices_that_are_the_same(board: FakeBoard) -> None:
     check(board.rt, Talk((Step(pictures=(Sketch(0, 121, 519),)),)))
 
 
+def test_a_store_that_drops_pictures_is_no_failure(board: FakeBoard) -> None:
+    trial = Trial(board.rt)
+    trial.player.play(SHOWN)
+    board.store.clear()
+    trial.player.play(SHOWN)  # encoded again, both times
+    assert all(board.store.peek(key) for key in trial.player._again.values())
+
+
 def test_a_strategy_that_was_given_up(board: FakeBoard) -> None:
     board.rkllm, board.llm.used = rkllm(["append", "resend"]), "resend"
     board.llm.worker.log_tail = "mmchat: this library does not keep to append (7 rows); from now on resend"

@@ -32,6 +32,7 @@ from mmchat.regress.trial import Failure, Trial
 from mmchat.runtime import Runtime
 
 _SHRINK_S = 60.0  # that a failure in the last minute still gets
+_SHRINK_TALKS = 20  # or as long as so many that fail take, where the time is not over before
 _SAY_EVERY_S = 20.0
 _MOST_CRASHES = 20  # that a profile keeps
 _LONGEST_PART = 0.1  # of the time, that a single prompt may take
@@ -263,7 +264,8 @@ class _Search:
         """Take away what is not needed, until nothing can go; then hypothesis has as much time again, if need be."""
         assert self._best is not None
         self._say(f"fails: {self._best.what}; making it smaller")
-        self._deadline = time.monotonic() + _SHRINK_S
+        now = time.monotonic()  # a library that crashes costs a loading of the model each time
+        self._deadline = max(now + _SHRINK_S, min(self._deadline, now + _SHRINK_TALKS * self._cost_s))
         with contextlib.suppress(_Over):
             self._take_away()
             if len(self._best.talks) == 1:

@@ -67,7 +67,10 @@ class Player:
         """Encode them once more, under other keys."""
         store = self.runtime.store
         for image in images:
-            pixels = {key: cut for key, cut in zip(image.keys, image.pixels(), strict=True) if key not in self._again}
+            todo = {key for key in image.keys if key not in self._again or not store.peek(self._again[key])}
+            if not todo:
+                continue
+            pixels = {key: cut for key, cut in zip(image.keys, image.pixels(), strict=True) if key in todo}
             again = {key: hashlib.sha256(os.urandom(16)).hexdigest() for key in pixels}
             slices = {again[key]: cut for key, cut in pixels.items()}
             try:

@@ -32,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def mmchat_runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     """The model of --mmchat-model, open for all tests, with a store of its own.  A crash costs its test alone."""
     import mmchat
+    from mmchat.regress.talk import STORE_BYTES
 
     model = request.config.getoption("--mmchat-model")
-    with mmchat.open(model, store=tmp_path_factory.mktemp("mmchat-store")) as runtime:
+    folder = tmp_path_factory.mktemp("mmchat-store")
+    with mmchat.open(model, store=folder, store_cap_bytes=STORE_BYTES) as runtime:
         runtime.ready()
         yield runtime

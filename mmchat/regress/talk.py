@@ -27,6 +27,8 @@ Do = Literal["ask", "edit", "again", "undo", "branch"]
 ASKING = ("ask", "edit", "again")
 POLICIES = ("error", "trim")
 
+STORE_BYTES = 256 << 20  # of embeddings in a folder of temporary files, which may be in memory
+
 _FORMAT = 1
 _MAX_SIDE = 8192
 _COLOURS = ((220, 30, 30), (30, 60, 220), (30, 150, 50), (240, 220, 40), (250, 250, 250), (20, 20, 20))

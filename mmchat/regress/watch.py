@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mmchat.embedding import RowKey, common_prefix, row_keys
 from mmchat.engine import Done, Event, Piece, Restarted, Sampling, Token
-from mmchat.errors import ContextFull, EngineError
+from mmchat.errors import ContextFull, EngineError, MissingEmbeddings
 from mmchat.regress.broken import CapExceeded, CountsWrong, Crashed
 from mmchat.runtime import Runtime
 
@@ -114,7 +114,7 @@ class Watch:
     def again(self, request: Request, pieces: Sequence[Piece]) -> Request | None:
         """The same request once more, with these pieces; stopped where it was stopped.
 
-        None where it does not fit one run of this strategy.
+        None where it does not fit one run of this strategy, or the store has dropped a picture since.
         """
         cancelled = request.done is not None and request.done.reason == "cancelled"
         tokens: list[Token] = []
@@ -126,7 +126,7 @@ class Watch:
             for event in self.generate(pieces, request.sampling, enough):
                 if isinstance(event, Token):
                     tokens.append(event)
-        except ContextFull:
+        except (ContextFull, MissingEmbeddings):
             return None
         return self.requests[-1]
 
