@@ -294,12 +294,15 @@ class _Assembler:
         self._spans: list[tuple[int, int]] = []
 
     def text(self, text: str) -> None:
-        self._text.append(text)
+        if text:
+            self._text.append(text)
 
     def tokens(self, ids: Iterable[int]) -> None:
-        text = "".join(self._text)
-        self._text.clear()
-        self._run += [*(self._tokenizer.encode(text) if text else ()), *ids]
+        if self._text:
+            text = "".join(self._text)
+            self._text.clear()
+            self._run += self._tokenizer.encode(text)
+        self._run += ids
 
     def special(self, name: str) -> None:
         self.tokens((self._tokenizer.special[name],))

@@ -276,7 +276,10 @@ def test_a_branch_answers_as_a_fresh_session_with_the_same_record(rt: mmchat.Run
     chat.ask(DESCRIBE, images=[picture("circle", "green", "white")]).text  # noqa: B018
     chat.ask("Thank you.").text  # noqa: B018
     branch = chat.branch(at=2)
-    answers = [branch.ask(BACKGROUND).text, branch.ask("What shapes are in the first image?").text]
+    reply, last = branch.ask(BACKGROUND), chat.turns[1].usage
+    assert 0 < reply.usage.n_prefilled <= reply.usage.n_prompt - last.n_prompt - last.n_new
+    answers = [reply.text, branch.ask("What shapes are in the first image?").text]
+    assert all(answers)
     with mmchat.open("demo", store=tmp_path / "other") as other:
         fresh = other.session()
         for turn in chat.turns[:2]:

@@ -18,7 +18,7 @@ def test_a_conversation_that_outgrows_its_context(tmp_path: Path, capsys: pytest
     assert (figures["turns"], figures["over_the_cap"], figures["untold"], figures["restarts"]) == (12, 0, 0, 0)
     assert 0 < figures["trims"] < 8
     assert figures["rows_prefilled_without_trims"] <= figures["rows_new_without_trims"] + 12
-    assert set(figures["memory_mb"]) == {"program", "LLM worker", "vision worker"}
+    assert set(figures["memory_mb"]) == {"program", "LLM worker", "vision worker", "all together"}
     assert figures["answers"]["in context"]["n"] > 6
     shown = capsys.readouterr().out
     assert "over the cap of 400: 0 turns" in shown

@@ -318,7 +318,7 @@ def test_some_embeddings_and_the_picture(setup: Setup, file: Path, tmp_path: Pat
     """Those that are missing are made from the picture, those that are there are used."""
     setup.ask("Red.", "What?", images=[photo((300, 200), 2)])
     keys = setup.chat.images[0].keys
-    setup.store._path(keys[1]).unlink()
+    os.unlink(setup.store._path(keys[1]))
     setup.chat.save(file, embeddings=True)
     assert len(Bundle(file).keys) == len(set(keys)) - 1
     other = Other(tmp_path / "other")

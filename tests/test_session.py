@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +446,7 @@ class Conversations(RuleBasedStateMachine):
         if not keys:
             return
         lost = keys[which % len(keys)]
-        self.engine.lose = self.store._path(lost).unlink
+        self.engine.lose = partial(os.unlink, self.store._path(lost))
         n_encoded = len(self.setup.vision.encoded)
         assert reply.text == answer
         n_new = reply.plan.slices_new
@@ -845,7 +847,7 @@ def test_cancel_while_lost_embeddings_are_made_again_is_a_cancel(setup: Setup, m
     setup.engine.lose = setup.store.clear
 
     def clear() -> None:
-        setup.store._path(setup.chat.images[0].keys[0]).unlink()
+        os.unlink(setup.store._path(setup.chat.images[0].keys[0]))
         reply.cancel()
 
     setup.engine.lose = clear

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,7 +36,7 @@ class Shown:
     """A picture of the script: what is on it, and its file."""
 
     scene: Scene
-    file: bytes
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     with (
-        tempfile.TemporaryDirectory() as store,
-        mmchat.open(options.model, store=store, context_rows=options.context, n_threads=options.threads) as rt,
+        tempfile.TemporaryDirectory() as folder,
+        mmchat.open(
+            options.model, store=Path(folder) / "store", context_rows=options.context, n_threads=options.threads
+        ) as rt,
     ):
         began = time.monotonic()
         pictures, asked = converse(
-            rt, options.turns, options.pictures, options.max_new_tokens, options.policy, options.seed
+            rt, Path(folder), options.turns, options.pictures, options.max_new_tokens, options.policy, options.seed
         )
         print(f"{len(asked)} turns, {len(pictures)} pictures ({time.monotonic() - began:.0f} s)", flush=True)
         figures = tabulate(asked, options.context)
@@ -110,18 +111,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def converse(
-    rt: mmchat.Runtime, n_turns: int, n_pictures: int, max_new_tokens: int, policy: str | None, seed: int
+    rt: mmchat.Runtime, folder: Path, n_turns: int, n_pictures: int, max_new_tokens: int, policy: str | None, seed: int
 ) -> tuple[list[Shown], list[Asked]]:
-    """The long conversation.  Every new picture comes with a question; the others are about one that is still sent."""
+    """The long conversation.  Every new picture comes with a question; the others are about one that is still sent.
+
+    The pictures are drawn beforehand, into folder: what that takes is not the conversation's memory.
+    """
     rng = Random(f"long chat {seed}")
     arrivals = {0, *rng.sample(range(1, n_turns), n_pictures - 1)}
+    drawn = [_invent(rng, folder / f"{number}.png") for number in range(n_pictures)]
     chat = rt.session(policy=policy)
     pictures: list[Shown] = []
     asked: list[Asked] = []
     for number in range(n_turns):
         is_new = number in arrivals
         if is_new:
-            pictures.append(_invent(rng))
+            pictures.append(drawn[len(pictures)])
             about = len(pictures) - 1
         else:
             about = rng.choice([int(name.removeprefix("img")) - 1 for name in chat.numbers] or [len(pictures) - 1])
@@ -158,11 +163,10 @@ def converse(
     return pictures, asked
 
 
-def _invent(rng: Random) -> Shown:
+def _invent(rng: Random, file: Path) -> Shown:
     scene = sample_scene(rng, Style(p_sliced=0.5, max_shapes=3), held_out=True)
-    file = BytesIO()
     draw(scene).save(file, "PNG")
-    return Shown(scene, file.getvalue())
+    return Shown(scene, file)
 
 
 def ask_afresh(rt: mmchat.Runtime, pictures: Sequence[Shown], turn: Asked) -> str:
@@ -263,6 +267,7 @@ def _memory(rt: mmchat.Runtime) -> Memory:
         if pid is not None:
             status = Path(f"/proc/{pid}/status").read_text()
             found[name] = 1024 * int(status.split("VmRSS:")[1].split()[0])
+    found["all together"] = sum(found.values())
     return found
 
 
