@@ -35,7 +35,7 @@ SCENES = (
 TURNS = (
     Turn("Is there a red star?", "The star is blue, so no.", "exists", (0,), (0,)),
     Turn("Which image has a word?", "First: no. Second: yes. The second image has a word.", "which_text", (1,), (0, 1)),
-    Turn("Compare the backgrounds with grey", "Red and red.", "backgrounds", (), (0, 1)),
+    Turn("Compare the backgrounds of objects with grey", "Red and red.", "backgrounds", (), (0, 1)),
     Turn("What is in the first image?", "A red circle.", "list", (), (0,), 2),
 )
 
@@ -94,16 +94,22 @@ def test_rows_before_an_answers_tokens_know_the_one_picture_it_is_about(rows: La
 
 def test_a_named_thing_knows_the_pictures_that_have_it_and_were_shown(rows: Labelled) -> None:
     red, star = rows.labels[rows.row("red")], rows.labels[rows.row("star")]
-    assert red[HAS : HAS + 3].tolist() == [1, IGNORED, IGNORED]  # the second picture comes later
+    assert red[HAS : HAS + 5].tolist() == [1, 0, 0, 0, IGNORED]  # the second picture comes later
     assert red[BACKGROUND : BACKGROUND + 2].tolist() == [0, IGNORED]
     assert star[HAS] == 1
     assert star[BOTH] == 0  # "red star": there is a blue one
     word = rows.labels[rows.row("word")]
-    assert word[HAS : HAS + 3].tolist() == [0, 1, IGNORED]
+    assert word[[HAS, HAS + 4, HAS + 8]].tolist() == [0, 1, IGNORED]
     second_red = rows.labels[rows.row("red", 1)]
-    assert second_red[HAS : HAS + 2].tolist() == [1, 1]
+    assert second_red[[HAS, HAS + 4]].tolist() == [1, 1]
     assert second_red[BACKGROUND : BACKGROUND + 2].tolist() == [0, 1]
-    assert rows.labels[rows.row("circle")][BOTH : BOTH + 2].tolist() == [1, 0]
+    assert rows.labels[rows.row("circle")][BOTH : BOTH + 4].tolist() == [1, 0, 0, 0]
+
+
+def test_a_kind_or_shapes_at_large_know_how_many_there_are(rows: Labelled) -> None:
+    objects = rows.labels[rows.row("objects")]
+    assert objects[HAS : HAS + 8].tolist() == [1, 1, 0, 0, 1, 0, 0, 0]
+    assert objects[BOTH] == IGNORED
 
 
 def test_a_named_thing_knows_whether_it_was_named_before(rows: Labelled) -> None:
@@ -122,5 +128,5 @@ def test_rows_of_a_turn_hold_the_names_of_its_question_and_answer_so_far(rows: L
     assert names(verdict, ASKED) == {"red", "star"}
     assert names(verdict, SAID) == {"star", "blue"}
     assert names(rows.row("Compare"), ASKED) == set()
-    assert names(rows.row("grey") + 1, ASKED) == {"gray"}
+    assert names(rows.row("grey") + 1, ASKED) == {"gray", "shape"}
     assert (rows.labels[: rows.row("user") - 1, ASKED:] == IGNORED).all()

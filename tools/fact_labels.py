@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmchat.prompt import ChatTokenizer
-from tools.render_scenes import COLORS, SHAPES, Scene
+from tools.render_scenes import COLORS, SHAPES
 from tools.scene_talk import Dialogue, text_state
 from tools.scene_views import IGNORED
 
@@ -25,17 +25,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_IMAGES = 8
+MAX_COUNT = 4
 _TEXTS = ("text", "word", "number")
-NAMES = (*COLORS, *SHAPES, *_TEXTS)
+NAMES = (*COLORS, *SHAPES, *_TEXTS, "shape")
+_ALIASES = {"grey": "gray", "object": "shape", "thing": "shape", "figure": "shape"}
 # Columns: the picture of an image row, whether it is of a whole view, the picture that the answer is about; whether
-# the thing named here was named before in this turn, and in this answer; then per picture: has it, has it as
-# background, has a shape of this kind and the colour just named; then per name: is in the question, is in this answer,
-# as far as either goes.
+# the thing named here was named before in this turn, and in this answer; then per picture: has at least one, two, three
+# and four of it, has it as background, has at least one and two shapes of this kind and the colour just named; then per
+# name: is in the question, is in this answer, as far as either goes.
 IMAGE, WHOLE, ABOUT, IN_TURN, IN_ANSWER, HAS = range(6)
-BACKGROUND, BOTH = HAS + MAX_IMAGES, HAS + 2 * MAX_IMAGES
-ASKED = HAS + 3 * MAX_IMAGES
+BACKGROUND = HAS + MAX_COUNT * MAX_IMAGES
+BOTH = BACKGROUND + MAX_IMAGES
+ASKED = BOTH + 2 * MAX_IMAGES
 SAID = ASKED + len(NAMES)
 N_FACT_LABELS = SAID + len(NAMES)
+_COUNTS = np.arange(1, MAX_COUNT + 1)
 
 
 def fact_labels(ids: list[int], labels: list[int], dialogue: Dialogue, tokenizer: ChatTokenizer) -> NDArray[np.int8]:
@@ -77,21 +81,20 @@ def fact_labels(ids: list[int], labels: list[int], dialogue: Dialogue, tokenizer
             else:
                 asked[which] = 1
             for k, scene in enumerate(dialogue.scenes[:shown]):
+                counts = slice(HAS + MAX_COUNT * k, HAS + MAX_COUNT * (k + 1))
                 if name in _TEXTS:
                     if text_state(scene, dialogue.plans[k]) in ("none", "readable"):
-                        table[row, HAS + k] = _has_text(scene, name)
+                        table[row, counts.start] = scene.text is not None and name in ("text", scene.text.kind)
                     continue
-                table[row, HAS + k] = any(name in (s.color, s.kind) for s in scene.shapes)
+                found = [s for s in scene.shapes if name in ("shape", s.color, s.kind)]
+                table[row, counts] = len(found) >= _COUNTS
                 if name in COLORS:
                     table[row, BACKGROUND + k] = scene.background == name
                 elif before in COLORS:
-                    table[row, BOTH + k] = any((before, name) == (s.color, s.kind) for s in scene.shapes)
+                    of_color = sum(s.color == before for s in found)
+                    table[row, BOTH + 2 * k : BOTH + 2 * k + 2] = of_color >= _COUNTS[:2]
         before = name
     return table
-
-
-def _has_text(scene: Scene, name: str) -> bool:
-    return scene.text is not None and name in ("text", scene.text.kind)
 
 
 @lru_cache(maxsize=4)
@@ -99,8 +102,9 @@ def _token_names(tokenizer: ChatTokenizer) -> dict[int, str]:
     """Token id -> the colour, shape or kind of text that it names, in any spelling."""
     names = {}
     for number in range(tokenizer.n_ids):
-        word = tokenizer.token_bytes(number).decode("utf-8", errors="replace").strip().lower().replace("grey", "gray")
+        word = tokenizer.token_bytes(number).decode("utf-8", errors="replace").strip().lower()
         for name in (word, re.sub(r"s$", "", word), re.sub(r"es$", "", word)):
+            name = _ALIASES.get(name, name)
             if name in NAMES:
                 names[number] = name
     return names

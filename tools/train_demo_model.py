@@ -408,18 +408,18 @@ class FactHeads(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         self.middle = nn.Linear(config.hidden_size, 2 * MAX_IMAGES + 1 + 2 * len(NAMES))
-        self.late = nn.Linear(config.hidden_size, 2 + 3 * MAX_IMAGES)
+        self.late = nn.Linear(config.hidden_size, 2 + ASKED - HAS)
 
     def forward(self, half: Tensor, late: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """half, late: (rows, width), halfway and before the last layer.  labels: (rows, N_FACT_LABELS)."""
         labels = labels.long()
         image, about, whole, names = self.middle(half.float()).split((MAX_IMAGES, MAX_IMAGES, 1, 2 * len(NAMES)), -1)
         named = (labels[:, IN_TURN] != IGNORED).nonzero()[:, 0]
-        again, has = self.late(late[named].float()).split((2, 3 * MAX_IMAGES), -1)
+        again, has = self.late(late[named].float()).split((2, ASKED - HAS), -1)
         wanted = labels[named]
         loss = _class_loss(image, labels[:, IMAGE]) + _class_loss(about, labels[:, ABOUT])
-        loss = loss + 0.5 * _flag_loss(whole[:, 0], labels[:, WHOLE]) + 3 * _flag_loss(names, labels[:, ASKED:])
-        loss = loss + 2 * _flag_loss(again, wanted[:, IN_TURN:HAS]) + 2 * _flag_loss(has, wanted[:, HAS:ASKED])
+        loss = loss + 0.5 * _flag_loss(whole[:, 0], labels[:, WHOLE]) + 6 * _flag_loss(names, labels[:, ASKED:])
+        loss = loss + 3 * _flag_loss(again, wanted[:, IN_TURN:HAS]) + 4 * _flag_loss(has, wanted[:, HAS:ASKED])
         with torch.no_grad():
             in_answer = wanted[:, IN_ANSWER]
             figures = {
@@ -428,7 +428,8 @@ class FactHeads(nn.Module):
                 "names": _share_right((names > 0).long(), torch.where(labels[:, ASKED:] == 1, 1, IGNORED)),
                 "again": _share_right((again[:, 1] > 0).long(), torch.where(in_answer == 1, 1, IGNORED)),
                 "new": _share_right((again[:, 1] > 0).long(), torch.where(in_answer == 0, 0, IGNORED)),
-                "has": _share_right((has > 0).long(), wanted[:, HAS:ASKED]),
+                "has": _share_right((has > 0).long(), torch.where(wanted[:, HAS:ASKED] == 1, 1, IGNORED)),
+                "not": _share_right((has > 0).long(), torch.where(wanted[:, HAS:ASKED] == 0, 0, IGNORED)),
             }
         return loss, figures
 
