@@ -85,8 +85,8 @@ class StagePlan:
 
 _DEFAULTS = {
     "vision": StagePlan("vision", 0.3, 3e-3, 64, 0.04, 0.6, 5.0),
-    "joint": StagePlan("joint", 0.27, 2e-3, 64, 0.03, 0.8, 1.0),
-    "llm": StagePlan("llm", 0.43, 2e-3, 3072, 0.02, 0.85, 1.0),
+    "joint": StagePlan("joint", 0.27, 1.5e-3, 48, 0.02, 0.95, 1.0),
+    "llm": StagePlan("llm", 0.43, 2e-3, 3072, 0.02, 0.95, 1.0),
 }
 
 
@@ -140,6 +140,9 @@ class Trainer:
             load_weights(self.model, Path(options.init), self.tokenizer)
             if options.init_heads:
                 self.heads.load_state_dict(torch.load(options.init_heads, weights_only=True))
+                facts_file = Path(options.init_heads).with_name("fact_heads.pt")
+                if facts_file.exists():
+                    self.fact_heads.load_state_dict(torch.load(facts_file, weights_only=True))
         self.model.to(self.device)
         self.heads.to(self.device)
         self.fact_heads.to(self.device)
@@ -216,6 +219,7 @@ class Trainer:
         torch.save(state, unfinished)
         unfinished.replace(self.out / "checkpoint.pt")
         torch.save(self.heads.state_dict(), self.out / "heads.pt")
+        torch.save(self.fact_heads.state_dict(), self.out / "fact_heads.pt")
         for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
             save_folder(self.model, self.out / name, self.tokenizer_json, self.tokenizer.special, self.average, dtype)
         self._saved_at = time.monotonic()
@@ -561,7 +565,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, split over the stages")
     parser.add_argument("--stages", default="", help="name:minutes[:peak learning rate],... instead of --minutes")
     parser.add_argument("--init", default="", help="demo model folder to start from")
-    parser.add_argument("--init-heads", default="", help="heads.pt of the run that made it")
+    parser.add_argument("--init-heads", default="", help="heads.pt of the run that made it, fact_heads.pt beside it")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer of --init")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt where there is one")
     parser.add_argument("--pool", type=int, default=8000, help="pictures whose rows are cached for the last stage")
