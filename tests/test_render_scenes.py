@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -214,6 +215,19 @@ def test_dialogues_show_every_picture_once_and_measure_distance() -> None:
             if turn.about:
                 assert turn.distance == number - max(shown[k] for k in turn.about)
             assert re.search(r"[{}]", turn.question + turn.answer) is None
+
+
+def test_emphasis_moves_the_choice_of_tasks() -> None:
+    scenes = held_out_scenes(3)
+    plans = [view_plan(scene.size) for scene in scenes]
+
+    def tasks(emphasis: dict[str, float]) -> Counter[str]:
+        dialogue = make_dialogue(Random(5), scenes, plans, 300, extras=False, emphasis=emphasis)
+        return Counter(turn.task for turn in dialogue.turns)
+
+    usual, moved = tasks({}), tasks({"which": 0.0, "exists": 5.0})
+    assert moved["which"] == 0 < usual["which"]
+    assert moved["exists"] > 2 * usual["exists"] > 0
 
 
 def test_every_name_of_the_language_is_used() -> None:

@@ -241,6 +241,13 @@ class TextAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, kept = self.attend(x, cos, sin, past)
+        return self.o_proj(attended), kept
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """All but the output projection."""
         q = _rotate(_heads(self.q_proj(x), self.n_heads), cos, sin)
         k = _rotate(_heads(self.k_proj(x), self.n_kv_heads), cos, sin)
         v = _heads(self.v_proj(x), self.n_kv_heads)
@@ -250,7 +257,7 @@ class TextAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=past is None
         )
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape)), (k, v)
+        return out.transpose(1, 2).reshape(x.shape), (k, v)
 
 
 class TextMLP(nn.Module):
@@ -279,6 +286,12 @@ class TextLayer(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
+    def of_rows(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor) -> Tensor:
+        """Without a past; the rows `wanted` (flat indices) alone: (wanted, width)."""
+        attended = self.self_attn.attend(self.input_layernorm(x), cos, sin, None)[0]
+        kept = x.flatten(0, 1)[wanted] + self.self_attn.o_proj(attended.flatten(0, 1)[wanted])
+        return cast(Tensor, kept + self.mlp(self.post_attention_layernorm(kept)))
+
 
 class TextModel(nn.Module):
     def __init__(self, config: DemoConfig) -> None:
@@ -292,6 +305,18 @@ class TextModel(nn.Module):
         for layer in self.layers:
             x, _ = layer(x, cos, sin)
         return cast(Tensor, self.norm(x))
+
+    def run_deep(self, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `run`, for rows `wanted` only (flat indices), after the states halfway and before the last layer.
+
+        Returns (batch, rows, width) twice, then (wanted, width): nothing but its keys and values is computed for the
+        other rows of the last layer.
+        """
+        half = x
+        for i, layer in enumerate(self.layers[:-1]):
+            x, _ = layer(x, cos, sin)
+            half = x if i + 1 == len(self.layers) // 2 else half
+        return half, x, cast(Tensor, self.norm(self.layers[-1].of_rows(x, cos, sin, wanted)))
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
         """Rows that continue what the cache holds; it is brought up to date in place."""

@@ -6,19 +6,32 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from mmchat.prompt import ChatTokenizer, Message, Picture, Text, render
 from mmchat.slicing import SlicePlan
+from tools.fact_labels import N_FACT_LABELS, fact_labels
 from tools.render_scenes import Scene, Style, sample_scene, view_plan
 from tools.scene_talk import Dialogue, make_dialogue, text_state
 from tools.scene_views import IGNORED, N_PATCH_LABELS, View, views_of
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 QUERY_NUM = 16
 MAX_ROWS = 1024
+# How much more often than in tools.scene_talk training asks what is learned late, and less what is learned soon.
+EMPHASIS = {
+    "exists": 1.6, "which": 1.2, "same_background": 1.5, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
+    "shape": 1.3, "background": 0.6, "backgrounds": 0.5, "n_images": 0.4,
+}  # fmt: skip
+# By the number of pictures in a short dialogue: how many of them are cut.
+_P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class TextBatch:
 
     pictures: per dialogue, the scenes shown, in order, as indices into a pool (cached stage), else empty.
     vision: the views of all pictures, in order (joint stage).
+    facts: (dialogues, rows, N_FACT_LABELS) int8, see tools.fact_labels; none when held out.
     """
 
     ids: Tensor
@@ -44,6 +58,7 @@ class TextBatch:
     dialogues: list[Dialogue]
     pictures: list[tuple[int, ...]]
     vision: VisionBatch | None = None
+    facts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +69,16 @@ class Encoded:
     labels: list[int]
     dialogue: Dialogue
     pictures: tuple[int, ...] = ()
+    facts: NDArray[np.int8] | None = None
 
 
 def encode_dialogue(
-    dialogue: Dialogue, tokenizer: ChatTokenizer, max_rows: int = MAX_ROWS, pictures: tuple[int, ...] = ()
+    dialogue: Dialogue,
+    tokenizer: ChatTokenizer,
+    max_rows: int = MAX_ROWS,
+    pictures: tuple[int, ...] = (),
+    *,
+    with_facts: bool = False,
 ) -> Encoded:
     """Later turns are left out until the rest fits max_rows; scenes that are then not shown are left out too."""
     turns = list(dialogue.turns)
@@ -73,7 +94,9 @@ def encode_dialogue(
         turns.pop()
     n_shown = sum(len(turn.new) for turn in turns)
     kept = Dialogue(dialogue.scenes[:n_shown], dialogue.plans[:n_shown], tuple(turns))
-    return Encoded(prompt.ids, _labels(prompt.ids, tokenizer), kept, pictures[:n_shown])
+    labels = _labels(prompt.ids, tokenizer)
+    facts = fact_labels(prompt.ids, labels, kept, tokenizer) if with_facts else None
+    return Encoded(prompt.ids, labels, kept, pictures[:n_shown], facts)
 
 
 def dialogue_scenes(rng: Random, n_images: int, *, held_out: bool, p_sliced: float = 0.6) -> list[Scene]:
@@ -114,12 +137,17 @@ def text_batch(encoded: Sequence[Encoded], views: Sequence[View] = ()) -> TextBa
     for i, e in enumerate(encoded):
         ids[i, : len(e.ids)] = torch.tensor(e.ids)
         labels[i, : len(e.labels)] = torch.tensor(e.labels)
+    facts = torch.full((len(encoded), longest, N_FACT_LABELS), IGNORED, dtype=torch.int8)
+    for i, e in enumerate(encoded):
+        if e.facts is not None:
+            facts[i, : len(e.ids)] = torch.from_numpy(e.facts)
     return TextBatch(
         ids,
         labels,
         [e.dialogue for e in encoded],
         [e.pictures for e in encoded],
         vision_batch(views) if views else None,
+        None if all(e.facts is None for e in encoded) else facts,
     )
 
 
@@ -128,6 +156,7 @@ class JointData(IterableDataset[TextBatch]):
 
     def __init__(self, tokenizer_file: str, n_views: int, seed: int, *, held_out: bool = False) -> None:
         self._tokenizer_file, self._n_views, self._seed, self._held_out = tokenizer_file, n_views, seed, held_out
+        self._p_many = 0.0 if held_out else 0.05
 
     def __iter__(self) -> Iterator[TextBatch]:
         torch.set_num_threads(1)
@@ -137,15 +166,14 @@ class JointData(IterableDataset[TextBatch]):
             encoded: list[Encoded] = []
             views: list[View] = []
             while len(views) < self._n_views:
-                n_images = rng.choices((1, 2, 3, 4), (0.42, 0.33, 0.17, 0.08))[0]
-                scenes = dialogue_scenes(
-                    rng, n_images, held_out=self._held_out, p_sliced=0.7 if n_images == 1 else 0.45
-                )
+                n_images = rng.choices((1, 2, 3, 4, 6, 8), (0.42, 0.33, 0.17, 0.08, *(self._p_many,) * 2))[0]
+                scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=_P_SLICED.get(n_images, 0.15))
                 plans = [chosen_plan(rng, scene) for scene in scenes]
                 if sum(plan.n_inputs for plan in plans) > 24:
                     continue
-                dialogue = make_dialogue(rng, scenes, plans, rng.randint(4, 8))
-                one = encode_dialogue(dialogue, tokenizer, 640)
+                emphasis = None if self._held_out else EMPHASIS
+                dialogue = make_dialogue(rng, scenes, plans, rng.randint(4, 8), emphasis=emphasis)
+                one = encode_dialogue(dialogue, tokenizer, 640, with_facts=not self._held_out)
                 for scene, plan in zip(one.dialogue.scenes, one.dialogue.plans, strict=True):
                     views += views_of(scene, plan, QUERY_NUM)
                 encoded.append(one)
@@ -200,7 +228,7 @@ class CachedData(IterableDataset[TextBatch]):
             yield from (text_batch(batch) for batch in batches if batch)
 
     def _dialogue(self, rng: Random, tokenizer: ChatTokenizer, by_background: dict[str, list[int]]) -> Encoded:
-        long = rng.random() < 0.3
+        long = rng.random() < 0.22
         max_rows = MAX_ROWS if long else 448
         n_images = (
             rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.06, 0.2, 0.2, 0.16, 0.12, 0.1, 0.06, 0.1))[0]
@@ -219,8 +247,9 @@ class CachedData(IterableDataset[TextBatch]):
             room -= self._pool[k][1].n_inputs
         scenes = [self._pool[k][0] for k in chosen]
         plans = [self._pool[k][1] for k in chosen]
-        n_turns = rng.randint(8, 24) if long else rng.randint(4, 10)
-        return encode_dialogue(make_dialogue(rng, scenes, plans, n_turns), tokenizer, max_rows, tuple(chosen))
+        n_turns = rng.randint(8, 24) if long else rng.randint(5, 12)
+        dialogue = make_dialogue(rng, scenes, plans, n_turns, emphasis=EMPHASIS)
+        return encode_dialogue(dialogue, tokenizer, max_rows, tuple(chosen), with_facts=True)
 
     def _pick(self, rng: Random, chosen: list[int], by_background: dict[str, list[int]], max_inputs: int) -> int | None:
         among: Sequence[int] = range(len(self._pool))

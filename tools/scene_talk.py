@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -249,11 +249,17 @@ class Dialogue:
 
 
 def make_dialogue(
-    rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan], n_turns: int, *, extras: bool = True
+    rng: Random,
+    scenes: Sequence[Scene],
+    plans: Sequence[SlicePlan],
+    n_turns: int,
+    *,
+    extras: bool = True,
+    emphasis: Mapping[str, float] | None = None,
 ) -> Dialogue:
     """A conversation in which the scenes are shown one after the other or some together.
 
-    extras: greetings and questions that cannot be answered too.
+    extras: greetings and questions that cannot be answered too.  emphasis: factors on how often tasks are chosen.
     """
     turns: list[Turn] = []
     shown, shown_at, focus = 0, [0] * len(scenes), 0
@@ -276,7 +282,7 @@ def make_dialogue(
             turns.append(Turn(turn.question, turn.answer, turn.task, new))
             continue
         for _ in range(8):
-            turn, focus_after = _turn(rng, scenes[:shown], plans[:shown], new, focus)
+            turn, focus_after = _turn(rng, scenes[:shown], plans[:shown], new, focus, emphasis or {})
             if turn.question not in asked:
                 break
         focus = focus_after
@@ -287,14 +293,19 @@ def make_dialogue(
 
 
 def _turn(
-    rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan], new: tuple[int, ...], focus: int
+    rng: Random,
+    scenes: Sequence[Scene],
+    plans: Sequence[SlicePlan],
+    new: tuple[int, ...],
+    focus: int,
+    emphasis: Mapping[str, float],
 ) -> tuple[Turn, int]:
     """A question about what has been shown, and the image that a question without a place would now mean."""
     n = len(scenes)
     if n == 1 and rng.random() < 0.03:
         return Turn(word(rng, rng.choice(_N_IMAGES), "", ""), "There is one image.", "n_images", new, (0,)), focus
     if n > 1 and rng.random() < 0.36:
-        question = about_many(rng, scenes, plans)
+        question = about_many(rng, scenes, plans, emphasis=emphasis)
         text = word(rng, question.worded(rng), "", "")
         return Turn(text, question.answer, question.task, new, tuple(range(n))), focus
     if n == 1 or (len(new) == 1 and rng.random() < 0.5) or (not new and focus == n - 1 and rng.random() < 0.25):
@@ -303,16 +314,23 @@ def _turn(
     else:
         k = rng.randrange(n) if rng.random() < 0.8 else n - 1
         placed = True
-    question = about_one(rng, scenes[k], plans[k])
+    question = about_one(rng, scenes[k], plans[k], emphasis=emphasis)
     name = image_name(rng, k, n, new) if placed else ""
     target = name or rng.choice(("the image", "this image"))
     text = word(rng, question.worded(rng), name, f" {target}")
     return Turn(text, question.answer, question.task, new, (k,)), k
 
 
-def about_one(rng: Random, scene: Scene, plan: SlicePlan, task: str | None = None) -> Question:
+def about_one(
+    rng: Random,
+    scene: Scene,
+    plan: SlicePlan,
+    task: str | None = None,
+    emphasis: Mapping[str, float] | None = None,
+) -> Question:
     """A question about one picture; of the given task where the picture allows it."""
-    makers = [(maker, weight) for name, maker, weight in _ONE if task is None or name == task]
+    factors = emphasis or {}
+    makers = [(maker, weight * factors.get(name, 1.0)) for name, maker, weight in _ONE if task is None or name == task]
     for _ in range(30):
         (maker,) = rng.choices([m for m, _ in makers], [w for _, w in makers])
         question = maker(rng, scene, plan)
@@ -323,9 +341,16 @@ def about_one(rng: Random, scene: Scene, plan: SlicePlan, task: str | None = Non
     return Question("background", _BACKGROUND, f"The background is {scene.background}.")
 
 
-def about_many(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan], task: str | None = None) -> Question:
+def about_many(
+    rng: Random,
+    scenes: Sequence[Scene],
+    plans: Sequence[SlicePlan],
+    task: str | None = None,
+    emphasis: Mapping[str, float] | None = None,
+) -> Question:
     """A question that compares the pictures, of which there are two or more."""
-    makers = [(maker, weight) for name, maker, weight in _MANY if task is None or name == task]
+    factors = emphasis or {}
+    makers = [(maker, weight * factors.get(name, 1.0)) for name, maker, weight in _MANY if task is None or name == task]
     for _ in range(30):
         (maker,) = rng.choices([m for m, _ in makers], [w for _, w in makers])
         question = maker(rng, scenes, plans)

@@ -6,7 +6,7 @@
 Three stages, each with its own warm-up and a long decay of the learning rate (the decay is where most is gained):
 vision: tower and resampler learn dense labels through throw-away heads, without a language model;
 joint: everything, on short dialogues, the labels still helping a little;
-llm: the language model alone, on long dialogues over the cached rows of thousands of pictures.
+llm: the language model alone, on long dialogues over the cached rows of thousands of pictures, with dense labels too.
 
 OUT/model is the shipped folder (the running average of the weights, float16), written every few minutes and at
 the end; OUT/model-float32 is the same before rounding (tools.same_answers compares them).  OUT/checkpoint.pt holds all
@@ -46,6 +46,7 @@ from tools.dialogue_batches import (
     VisionBatch,
     vision_batch,
 )
+from tools.fact_labels import ABOUT, ASKED, HAS, IMAGE, IN_ANSWER, IN_TURN, MAX_IMAGES, NAMES, WHOLE
 from tools.muon import Muon
 from tools.render_scenes import Scene, Style, sample_scene
 from tools.scene_views import (
@@ -62,6 +63,7 @@ _SAVE_EVERY_S = 150.0
 _PRINT_EVERY_S = 20.0
 _JUDGE_EVERY_S = 300.0
 _AUXILIARY_WEIGHT = 0.3
+_FACTS_WEIGHT = 0.1
 # The pool of cached pictures is filled in quarters, so many steps apart: the first answers need not wait for all.
 _POOL_STEPS = 400
 
@@ -83,8 +85,8 @@ class StagePlan:
 
 _DEFAULTS = {
     "vision": StagePlan("vision", 0.3, 3e-3, 64, 0.04, 0.6, 5.0),
-    "joint": StagePlan("joint", 0.27, 2e-3, 64, 0.03, 0.8, 1.0),
-    "llm": StagePlan("llm", 0.43, 2e-3, 3072, 0.03, 0.8, 1.0),
+    "joint": StagePlan("joint", 0.27, 1.5e-3, 48, 0.02, 0.95, 1.0),
+    "llm": StagePlan("llm", 0.43, 2e-3, 3072, 0.02, 0.95, 1.0),
 }
 
 
@@ -128,16 +130,22 @@ class Trainer:
         self.config = DemoConfig(vocab_size=-(-self.tokenizer.n_ids // 16) * 16)
         self.model = DemoModel(self.config)
         self.heads = LabelHeads(self.config)
+        self.fact_heads = FactHeads(self.config)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
             self.heads.load_state_dict(checkpoint["heads"])
+            self.fact_heads.load_state_dict(checkpoint["fact_heads"])
             self.stage, self.stage_s = int(checkpoint["stage"]), float(checkpoint["stage_s"])
         elif options.init:
             load_weights(self.model, Path(options.init), self.tokenizer)
             if options.init_heads:
                 self.heads.load_state_dict(torch.load(options.init_heads, weights_only=True))
+                facts_file = Path(options.init_heads).with_name("fact_heads.pt")
+                if facts_file.exists():
+                    self.fact_heads.load_state_dict(torch.load(facts_file, weights_only=True))
         self.model.to(self.device)
         self.heads.to(self.device)
+        self.fact_heads.to(self.device)
         self.dtype = torch.bfloat16 if options.bfloat16 else torch.float32
         self.work = copy.deepcopy(self.model).bfloat16() if options.bfloat16 else self.model
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -145,7 +153,8 @@ class Trainer:
             self.average = {name: value.to(self.device) for name, value in checkpoint["average"].items()}
         if options.compile:
             setattr(self.work, "encode", torch.compile(self.work.encode, dynamic=True))  # noqa: B010 (mypy)
-            setattr(self.work.llm.model, "run", torch.compile(self.work.llm.model.run, dynamic=True))  # noqa: B010
+            text = self.work.llm.model
+            setattr(text, "run_deep", torch.compile(text.run_deep, dynamic=True))  # noqa: B010
         both = zip(self.model.parameters(), self.work.parameters(), strict=True)
         self._pairs = [(master, working) for master, working in both if master is not working]
         self._optimisers: list[torch.optim.Optimizer] = []
@@ -199,6 +208,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
+            "fact_heads": self.fact_heads.state_dict(),
             "average": self.average,
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
             "tokenizer": self.tokenizer_json,
@@ -209,6 +219,7 @@ class Trainer:
         torch.save(state, unfinished)
         unfinished.replace(self.out / "checkpoint.pt")
         torch.save(self.heads.state_dict(), self.out / "heads.pt")
+        torch.save(self.fact_heads.state_dict(), self.out / "fact_heads.pt")
         for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
             save_folder(self.model, self.out / name, self.tokenizer_json, self.tokenizer.special, self.average, dtype)
         self._saved_at = time.monotonic()
@@ -228,7 +239,8 @@ class Trainer:
         ]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "query" not in name]
         known = set(map(id, matrices))
-        rest = [p for _, p in named if id(p) not in known] + list(self.heads.parameters())
+        rest = [p for _, p in named if id(p) not in known]
+        rest += [*self.heads.parameters(), *self.fact_heads.parameters()]
         self._optimisers = [
             Muon(matrices, lr=plan.peak, weight_decay=0.02, dtype=self.dtype),
             torch.optim.AdamW(rest, lr=plan.peak / 2, weight_decay=0.0, betas=(0.9, 0.98)),
@@ -286,11 +298,15 @@ class Trainer:
         seed = self.options.seed * 1000 + int(self.stage_s)
         pool: list[tuple[Scene, SlicePlan]] = []
         rows: list[Tensor] = []
+        batches: Iterator[TextBatch] = iter(())
         tokenizer_file = str(self.out / "tokenizer.json")
         filling = _loader(PoolData(seed))
-        batches: Iterator[TextBatch] = iter(())
         for step in itertools.count():
-            if step % _POOL_STEPS == 0 and len(pool) < self.options.pool:
+            if step % _POOL_STEPS == 0 and self.options.pool_file:
+                pool, rows = torch.load(self.options.pool_file, weights_only=False)
+                batches = _loader(CachedData(tokenizer_file, pool, plan.batch, seed + step))
+                print(f"pool: {len(pool)} pictures", flush=True)
+            elif step % _POOL_STEPS == 0 and len(pool) < self.options.pool:
                 self._fill_pool(pool, rows, filling, min(len(pool) + self.options.pool // 4, self.options.pool))
                 batches = _loader(CachedData(tokenizer_file, list(pool), plan.batch, seed + step))
             batch = next(batches)
@@ -303,13 +319,19 @@ class Trainer:
         """image_rows: (rows, width) of all pictures in order.  right: answers with every token right."""
         ids, labels = batch.ids.to(self.device), batch.labels.to(self.device)
         embedded = self.work.embed(ids, ids == self.tokenizer.special["<unk>"], image_rows)
-        hidden = self.work.llm.model.run(embedded, *self.work.rope(0, ids.shape[1], embedded))
-        said = labels[:, 1:] != IGNORED
-        logits = self.work.logits(hidden[:, :-1][said]).float()
-        wanted = labels[:, 1:][said]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        said = (following != IGNORED).nonzero()[:, 0]
+        cos, sin = self.work.rope(0, ids.shape[1], embedded)
+        half, late, hidden = self.work.llm.model.run_deep(embedded, cos, sin, said)
+        logits = self.work.logits(hidden).float()
+        wanted = following[said]
         loss = F.cross_entropy(logits, wanted)
         verdicts = _answers_right(logits.argmax(-1) == wanted, wanted, self.tokenizer.special["<|im_end|>"])
-        return loss, {"loss": float(loss.detach()), "right": sum(verdicts) / max(1, len(verdicts))}
+        figures = {"loss": float(loss.detach()), "right": sum(verdicts) / max(1, len(verdicts))}
+        if batch.facts is None:
+            return loss, figures
+        known, seen = self.fact_heads(half.flatten(0, 1), late.flatten(0, 1), batch.facts.to(self.device).flatten(0, 1))
+        return loss + _FACTS_WEIGHT * known, {**figures, **seen}
 
     @torch.no_grad()
     def _fill_pool(
@@ -384,6 +406,38 @@ class LabelHeads(nn.Module):
         return loss, _figures(loss, row_logits, row_labels)
 
 
+class FactHeads(nn.Module):
+    """Linear heads on what the language model holds at a row; they are thrown away after training."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        self.middle = nn.Linear(config.hidden_size, 2 * MAX_IMAGES + 1 + 2 * len(NAMES))
+        self.late = nn.Linear(config.hidden_size, 2 + ASKED - HAS)
+
+    def forward(self, half: Tensor, late: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """half, late: (rows, width), halfway and before the last layer.  labels: (rows, N_FACT_LABELS)."""
+        labels = labels.long()
+        image, about, whole, names = self.middle(half.float()).split((MAX_IMAGES, MAX_IMAGES, 1, 2 * len(NAMES)), -1)
+        named = (labels[:, IN_TURN] != IGNORED).nonzero()[:, 0]
+        again, has = self.late(late[named].float()).split((2, ASKED - HAS), -1)
+        wanted = labels[named]
+        loss = _class_loss(image, labels[:, IMAGE]) + _class_loss(about, labels[:, ABOUT])
+        loss = loss + 0.5 * _flag_loss(whole[:, 0], labels[:, WHOLE]) + 6 * _flag_loss(names, labels[:, ASKED:])
+        loss = loss + 3 * _flag_loss(again, wanted[:, IN_TURN:HAS]) + 4 * _flag_loss(has, wanted[:, HAS:ASKED])
+        with torch.no_grad():
+            in_answer = wanted[:, IN_ANSWER]
+            figures = {
+                "image": _share_right(image.argmax(-1), labels[:, IMAGE]),
+                "about": _share_right(about.argmax(-1), labels[:, ABOUT]),
+                "names": _share_right((names > 0).long(), torch.where(labels[:, ASKED:] == 1, 1, IGNORED)),
+                "again": _share_right((again[:, 1] > 0).long(), torch.where(in_answer == 1, 1, IGNORED)),
+                "new": _share_right((again[:, 1] > 0).long(), torch.where(in_answer == 0, 0, IGNORED)),
+                "has": _share_right((has > 0).long(), torch.where(wanted[:, HAS:ASKED] == 1, 1, IGNORED)),
+                "not": _share_right((has > 0).long(), torch.where(wanted[:, HAS:ASKED] == 0, 0, IGNORED)),
+            }
+        return loss, figures
+
+
 class _VisionData(IterableDataset[VisionBatch]):
     def __init__(self, batch: int, seed: int) -> None:
         self._batch, self._seed = batch, seed
@@ -432,6 +486,17 @@ def _tokenizer_json(options: argparse.Namespace) -> str:
     from tools.scene_talk import train_tokenizer
 
     return train_tokenizer(options.seed)
+
+
+def _flag_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    known = labels != IGNORED
+    total = F.binary_cross_entropy_with_logits(logits[known], labels[known].float(), reduction="sum")
+    return total / known.sum().clamp(min=1)
+
+
+def _share_right(found: Tensor, labels: Tensor) -> float:
+    known = labels != IGNORED
+    return float((found == labels)[known].float().mean()) if bool(known.any()) else 1.0
 
 
 def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -500,10 +565,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, split over the stages")
     parser.add_argument("--stages", default="", help="name:minutes[:peak learning rate],... instead of --minutes")
     parser.add_argument("--init", default="", help="demo model folder to start from")
-    parser.add_argument("--init-heads", default="", help="heads.pt of the run that made it")
+    parser.add_argument("--init-heads", default="", help="heads.pt of the run that made it, fact_heads.pt beside it")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer of --init")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt where there is one")
     parser.add_argument("--pool", type=int, default=8000, help="pictures whose rows are cached for the last stage")
+    parser.add_argument(
+        "--pool-file", default="", help="pictures and their rows, saved before; read again now and then"
+    )
     parser.add_argument("--judge-batches", type=int, default=12, help="held-out batches per progress check")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
