@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import typer
 
-from mmchat.patient import gigabytes
+from mmchat.outputs import describe_bytes
 from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
 
 
@@ -55,7 +55,7 @@ def clear(folder: str | None, as_json: bool) -> None:
         print(json.dumps({"folder": str(store.root), "n_removed": n_removed, "n_bytes": n_bytes, "n_left": n_left}))
         return
     in_use = f"; {n_left} in use are left" if n_left else ""
-    print(f"removed {n_removed} embeddings, {gigabytes(n_bytes)}{in_use}")
+    print(f"removed {n_removed} embeddings, {describe_bytes(n_bytes)}{in_use}")
 
 
 def _open(folder: str | None) -> Store:
@@ -69,4 +69,4 @@ def _spare(store: Store) -> Store | None:
 
 def _describe(store: Store) -> str:
     known = store.info()
-    return f"{known.n_files}, {gigabytes(known.n_bytes)} of {gigabytes(known.cap_bytes)}"
+    return f"{known.n_files}, {describe_bytes(known.n_bytes)} of {describe_bytes(known.cap_bytes)}"
