@@ -91,7 +91,7 @@ def test_kill_while_a_picture_is_written(tmp_path: Path) -> None:
     path, n_torn, known = tmp_path / "talk.mmchat", 0, list[str]()
     n_kills = 200 if IS_DEEP else 6
     for number in range(n_kills):
-        command = [*PROGRAM, path, tmp_path / "store"]
+        command: list[str | Path] = [*PROGRAM, path, tmp_path / "store"]
         if number % 2:  # at any moment
             program = Program(command)
             program.wait_for_lines(rng.randrange(1, 4))
