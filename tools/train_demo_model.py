@@ -301,14 +301,18 @@ class Trainer:
         batches: Iterator[TextBatch] = iter(())
         tokenizer_file = str(self.out / "tokenizer.json")
         filling = _loader(PoolData(seed))
+        kept = Path(self.options.pool_file) if self.options.pool_file else None
+        reads = kept is not None and kept.exists()
         for step in itertools.count():
-            if step % _POOL_STEPS == 0 and self.options.pool_file:
-                pool, rows = torch.load(self.options.pool_file, weights_only=False)
+            if step % _POOL_STEPS == 0 and reads:
+                pool, rows = torch.load(kept, weights_only=False)  # scenes are pickled: files of one's own only
                 batches = _loader(CachedData(tokenizer_file, pool, plan.batch, seed + step))
                 print(f"pool: {len(pool)} pictures", flush=True)
             elif step % _POOL_STEPS == 0 and len(pool) < self.options.pool:
                 self._fill_pool(pool, rows, filling, min(len(pool) + self.options.pool // 4, self.options.pool))
                 batches = _loader(CachedData(tokenizer_file, list(pool), plan.batch, seed + step))
+                if kept is not None:
+                    torch.save((pool, rows), kept)
             batch = next(batches)
             shown = [rows[k] for pictures in batch.pictures for k in pictures]
             cached = torch.cat(shown).to(self.device, self.dtype) if shown else None
@@ -570,7 +574,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt where there is one")
     parser.add_argument("--pool", type=int, default=8000, help="pictures whose rows are cached for the last stage")
     parser.add_argument(
-        "--pool-file", default="", help="pictures and their rows, saved before; read again now and then"
+        "--pool-file",
+        default="",
+        help="where the cached pictures are kept; read, again now and then, where it exists (same vision weights!)",
     )
     parser.add_argument("--judge-batches", type=int, default=12, help="held-out batches per progress check")
     parser.add_argument("--seed", type=int, default=1)
