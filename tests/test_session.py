@@ -24,6 +24,7 @@ from mmchat.context import Policy
 from mmchat.embedding import common_prefix
 from mmchat.engine import Event, ImageRows, Piece, Restarted, Sampling, Token
 from mmchat.errors import (
+    BundleError,
     ContextFull,
     EngineError,
     ImageError,
@@ -442,7 +443,8 @@ class Conversations(RuleBasedStateMachine):
         if self.too_long(reply):
             return
         keys = [piece.key for piece in self.to_send(reply) if isinstance(piece, ImageRows)]
-        keys = [key for key in keys if self.store.peek(key)]
+        gone = {key for image in self.chat.images if not is_there(image) for key in image.keys}  # saved without
+        keys = [key for key in keys if self.store.peek(key) and key not in gone]
         if not keys:
             return
         lost = keys[which % len(keys)]
@@ -653,6 +655,14 @@ def render_rows(pieces: Sequence[Piece]) -> list[Any]:
         for piece in pieces
         for row in ([(piece.key, i) for i in range(piece.n_rows)] if isinstance(piece, ImageRows) else piece.ids)
     ]
+
+
+def is_there(image: ImageHandle) -> bool:
+    """Whether a picture can be cut again."""
+    try:
+        return bool(image.pixels())
+    except BundleError:
+        return False
 
 
 def prepared(reply: Reply) -> Any:
