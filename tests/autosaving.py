@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmchat.bundle import Bundle
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer
@@ -60,7 +58,7 @@ def main(file: Path, root: Path) -> None:
         chat.autosave(file)
     while True:
         number = len(chat.turns)
-        noise = PICTURE + np.random.default_rng(number).bytes(800 * 600 * 3)
+        noise = PICTURE + os.urandom(800 * 600 * 3)  # always another: a picture is saved once
         engine.script.append(f"answer {number}")
         assert chat.ask(f"question {number}", images=[noise]).text
         told([turn.text for turn in chat.turns])

@@ -113,7 +113,7 @@ def do_holes(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, An
     blocks = []
     for _ in range(500):
         blocks.append(b"x" * 100_000)
-        _KEPT.append(b"x" * 1_000)
+        _KEPT.append(os.urandom(1_000))
     yield {"i": 0}
 
 
