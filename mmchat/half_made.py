@@ -15,6 +15,8 @@ CONVERT_STATE = ".mmchat-convert.json"  # llm-checkpoint, vision-onnx (outputs.W
 BOARD_STATE = ".mmchat-board.json"  # board (convert.steps)
 PULL_RECORD = ".mmchat-pull.json"
 _BOARD_FILE = "mmchat.json"
+# What pull --only fetches, and what it is.
+_PARTS = {"embed_table.safetensors": "the token rows", "vision.safetensors": "the vision encoder"}
 # Step -> (what its folder is, the file that it writes last, what is done with it).
 _STEPS = {
     "llm-checkpoint": (
@@ -44,6 +46,8 @@ def look(folder: Path) -> HalfMade | None:
     state = read_state(folder / BOARD_STATE)
     if state and not (folder / _BOARD_FILE).is_file():
         return _board(folder, state)
+    if (parts := _parts(folder)) is not None:
+        return parts
     state = read_state(folder / CONVERT_STATE)
     source = state.get("source")
     known = _STEPS.get(str(source.get("step"))) if isinstance(source, dict) else None
@@ -53,6 +57,28 @@ def look(folder: Path) -> HalfMade | None:
     if (folder / last).is_file():
         return HalfMade(f"{folder}: {what}, not a model folder", use.format(quoted))
     return HalfMade(f"{folder}: {what}, half made", "run the same command again: it goes on where it was")
+
+
+def _parts(folder: Path) -> HalfMade | None:
+    """Of a checkpoint, without an LLM: they belong to a board's folder."""
+    record = read_state(folder / PULL_RECORD)
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if (
+        not record
+        or not weights
+        or not weights <= set(_PARTS)
+        or any([*folder.glob("*.rkllm"), *folder.glob(".*.part")])
+    ):
+        return None
+    repo = record.get("repo")
+    has = " and ".join(_PARTS[name] for name in sorted(weights))
+    lacks = ["the LLM (*.rkllm) with mmchat.json", *(_PARTS[name] for name in sorted(set(_PARTS) - weights))]
+    name = shlex.quote(repo) if isinstance(repo, str) else "REPO"
+    return HalfMade(
+        f"{folder}: parts of a checkpoint (mmchat pull --only): {has}; lacks {' and '.join(lacks)}",
+        "docs/board.md, With somebody's .rkllm, tells how they become a board's folder; the whole checkpoint goes into "
+        f"another one: mmchat pull {name} --to DIR",
+    )
 
 
 def interrupted_pull(folder: Path) -> HalfMade | None:

@@ -6,8 +6,12 @@ import csv
 import html
 import importlib
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmchat.checkpoint import Checkpoint, write_tensors
-from mmchat.compare import facts, report
+from mmchat.compare import asking, facts, report
 from mmchat.compare.facts import Compared, Said, compare_answers, compare_slices, cosine
 from mmchat.compare.judge import ClipJudge
+from mmchat.convert import vision_onnx
+from mmchat.convert.toolkit import RKNN
 from mmchat.errors import ImageError, ModelDirError
 from mmchat.model_dir import open_model
 from tests.test_cli import refused, run_here
+from tests.test_convert import quiet
 from tests.test_demo import picture
+from tests.toolkits import write_python
 
 DEMO = open_model("demo").folder
 
@@ -173,6 +181,128 @@ def test_mistakes_are_told_before_a_model_is_loaded(pictures: Path, tmp_path: Pa
     (pictures / "bad.png").write_bytes(b"\x89PNG garbage")
     with pytest.raises(ImageError, match=r"bad\.png"):
         importlib.import_module("mmchat.compare.asking").pictures_in(pictures)
+
+
+def test_openvino_against_rkllm(pictures: Path, board_folders: Callable[[str], Path]) -> None:
+    """The board's folder has the demo model, and a stand-in for the vendor's library."""
+    folder = board_folders("1.3.0")
+    code, out, err = run_here(
+        "compare", "demo", folder, "--pictures", pictures, "--limit", "1", "--max-new-tokens", "8", "--threads", "1",
+        "--engine-a", "openvino", "--engine-b", "rkllm", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["a"], result["b"]) == ("demo", folder.name)
+    assert result["summary"]["mean_agreement"] == 1
+    assert len(result["compared"][0]["answers"]["b"]["ids"]) == 8
+    assert result["summary"]["least_cosine"] > 0.99999
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("onnx") / "vision"
+    vision_onnx.run(vision_onnx.plan(open_model("demo"), 80), folder, quiet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that gives zeros for all it sees."""
+    onnx: Any = pytest.importorskip("onnx")
+    folder = tmp_path_factory.mktemp("onnx") / "blind"
+    vision_onnx.run(vision_onnx.plan(open_model("demo"), 80), folder, quiet)
+    model = onnx.load(folder / "vision.onnx")
+    zeros = next(one for one in model.graph.initializer if one.name == "resampler.proj")
+    zeros.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tuple(zeros.dims), np.float32), zeros.name))
+    onnx.save(model, folder / "vision.onnx")
+    return folder
+
+
+def test_the_llm_answers_with_the_encoders_rows(onnx: Path, blind: Path, pictures: Path) -> None:
+    """And not with those of the encoder it has."""
+    code, out, err = run_here(
+        "compare", onnx, blind, "--llm", "demo", "--pictures", pictures, "--limit", "1", "--max-new-tokens", "10",
+        "--threads", "1", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["a"], result["b"]) == ("vision", "blind")
+    assert (result["summary"]["slices"], result["summary"]["least_cosine"]) == (5, 0)
+    answers = result["compared"][0]["answers"]
+    assert "red circle" in answers["a"]["text"]
+    assert "red circle" not in answers["b"]["text"]
+
+
+def test_a_model_and_its_encoder_in_onnx(onnx: Path, pictures: Path) -> None:
+    """The LLM is the model's own, since none was named."""
+    words = ("--pictures", pictures, "--limit", "1", "--max-new-tokens", "4", "--max-slices", "1", "--threads", "1")
+    code, out, err = run_here("compare", "demo", onnx, *words, "--json")
+    assert code == 0, err
+    sums = json.loads(out)["summary"]
+    assert (sums["slices"], sums["same_answers"], sums["mean_agreement"]) == (1, 1, 1)
+    assert 0 < sums["max_error"] < 1e-4
+    assert sums["least_cosine"] > 0.99999
+
+
+def test_two_encoders_are_compared_in_their_embeddings(onnx: Path, pictures: Path, tmp_path: Path) -> None:
+    """onnxruntime and the simulator, which a stand-in is here, with its noise."""
+    python = write_python(tmp_path / "python", noise=0.1, rules=["fuse_of_the_next_release"])
+    words = (f"rknn-sim:{onnx}", "--pictures", pictures, "--rknn-python", python)
+    code, out, err = run_here("compare", onnx, *words, "--json", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "rknn-toolkit2: simulator, view 6 of 6" in err
+    assert "again without" in err
+    result = json.loads(out)
+    assert (result["a"], result["b"]) == ("vision", "rknn-sim:vision")
+    sums = result["summary"]
+    assert (sums["pictures"], sums["slices"], sums["answers"], sums["questions"]) == (2, 6, 0, 0)
+    assert 0.99 < sums["least_cosine"] < 0.9999
+    assert 0.2 < sums["max_error"] < 1
+    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["slices"], row["answer_a"]) for row in rows] == [("5", ""), ("1", "")]
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "<h2>" not in page
+    found = [Compared("p", "", facts.Slices((0.5,), (1.0,)), None)]
+    assert [name for name, _ in report.rows(found)] == [
+        "pictures", "cosine of embeddings", "largest difference", "of slices",
+    ]  # fmt: skip
+
+
+def test_mistakes_about_encoders(onnx: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--pictures", pictures)
+    assert "--llm is for an encoder" in refused("compare", "demo", "demo", *words, "--llm", "demo", code=2)
+    assert "encoders do not answer" in refused("compare", onnx, onnx, *words, "--question", "What?", code=2)
+    assert "make it with mmchat convert vision-onnx" in refused("compare", f"rknn-sim:{tmp_path}", onnx, *words)
+    assert "rk3566" in refused("compare", f"rknn-sim:{onnx}", onnx, *words, "--rknn-chip", "rk3566", code=2)
+    monkeypatch.delenv("MMCHAT_RKNN_PYTHON", raising=False)
+    assert "--rknn-python" in refused("compare", f"rknn-sim:{onnx}", onnx, *words)
+    small = tmp_path / "small"
+    vision_onnx.run(vision_onnx.plan(open_model("demo"), 20), small, quiet)
+    assert "has 64 patches" in refused("compare", "demo", small, *words)
+    wide = replace(open_model("demo").vision, query_num=7)
+    monkeypatch.setattr(asking, "open_model", lambda name: replace(open_model(name), vision=wide))
+    assert "7 rows of" in refused("compare", onnx, "demo", *words)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install onnxruntime" in refused("compare", onnx, onnx, *words)
+
+
+@pytest.mark.skipif(
+    not os.environ.get(RKNN.variable) or settings().max_examples < 1000,
+    reason=f"needs rknn-toolkit2 ({RKNN.variable}) and --hypothesis-profile=deep",
+)
+def test_the_real_simulator_answers_as_the_model_does(onnx: Path, pictures: Path) -> None:
+    code, out, err = run_here("compare", "demo", f"rknn-sim:{onnx}", "--pictures", pictures, "--json")
+    assert code == 0, err
+    sums = json.loads(out)["summary"]
+    assert (sums["slices"], sums["same_answers"]) == (6, 2)
+    assert sums["least_cosine"] >= 0.999
 
 
 # --- the judge --------------------------------------------------------------------------------------------------

@@ -652,6 +652,23 @@ def test_folders_that_are_half_made(pc: Machine, tmp_path: Path) -> None:
     assert "| mmchat pull openbmb/MiniCPM-V-2_6 --to" in told(PULL_RECORD, repo="openbmb/MiniCPM-V-2_6")
 
 
+def test_parts_of_a_checkpoint(pc: Machine, tmp_path: Path) -> None:
+    """As pull --only leaves them: not a damaged checkpoint."""
+    (tmp_path / PULL_RECORD).write_text(json.dumps({"repo": "openbmb/MiniCPM-V-2_6"}))
+    for path in DEMO.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "embed_table.safetensors").write_bytes(b"x")
+    one = pc.examine(tmp_path)["model"]
+    assert one.status == "problem"
+    assert "the token rows; lacks the LLM (*.rkllm) with mmchat.json and the vision encoder" in one.what
+    assert "mmchat pull openbmb/MiniCPM-V-2_6 --to DIR" in one.cure
+    (tmp_path / ".vision.safetensors.part").write_bytes(b"x")
+    assert "interrupted at vision.safetensors" in pc.examine(tmp_path)["model"].what
+    (tmp_path / ".vision.safetensors.part").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert "parts of" not in pc.examine(tmp_path)["model"].what
+
+
 def test_a_folder_as_the_community_publishes_it(board: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     shutil.copytree(folders["square"], folder)

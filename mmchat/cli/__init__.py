@@ -374,7 +374,14 @@ def bench(
 
 @app.command()
 def compare(
-    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help='A model folder, or "demo".')],
+    model_a: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_A",
+            help='A model folder, "demo", or an encoder alone: a folder of convert vision-onnx, or "rknn-sim:" before '
+            "it for rknn-toolkit2's PC simulator.",
+        ),
+    ],
     model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="What is compared with it.")],
     pictures: Annotated[str, typer.Option(metavar="DIR", help="A folder of pictures.")],
     question: Annotated[
@@ -383,6 +390,14 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N pictures only.")] = None,
     engine_a: options.Engine = "auto",
     engine_b: options.Engine = "auto",
+    llm: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Answers with an encoder's rows. [default: the other model, if it can]"),
+    ] = None,
+    rknn_chip: Annotated[str, typer.Option(metavar="CHIP", help="rknn-sim's: rk3588 or rk3576.")] = "rk3588",
+    rknn_python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The interpreter of rknn-toolkit2's environment.")
+    ] = None,
     max_slices: options.MaxSlices = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 64,
     judge: Annotated[
@@ -397,7 +412,8 @@ def compare(
 ) -> None:
     """Ask two models the same about the same pictures: what becomes of embeddings, tokens and texts.
 
-    One is in memory at a time; always the most likely token is taken.
+    One is in memory at a time; always the most likely token is taken.  Two encoders without an LLM are compared in
+    their embeddings alone, unless --llm names one.
     """
     with options.errors_as_lines():
         from mmchat.cli import comparing
@@ -408,6 +424,7 @@ def compare(
             Model(model_b, engine_b, threads),
             pictures,
             question or [],
+            comparing.Encoders(llm, rknn_chip, rknn_python),
             most=limit,
             max_slices=max_slices,
             max_new_tokens=max_new_tokens,

@@ -33,7 +33,10 @@ def table(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Copy the token embedding table into a file of its own, which RKLLM needs beside its model."""
+    """Copy the token embedding table, which RKLLM needs.
+
+    A file of its own, beside the model.
+    """
     with options.errors_as_lines():
         from mmchat.convert import table as step
 
@@ -49,9 +52,9 @@ def llm_checkpoint(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the LLM alone as a plain Qwen2 folder, for rkllm-toolkit or transformers.
+    """Write the LLM alone, as a plain Qwen2 folder.
 
-    Interrupted, it goes on with the file where it was.
+    For rkllm-toolkit or transformers.  Interrupted, it goes on with the file where it was.
     """
     with options.errors_as_lines():
         from mmchat.convert import llm_checkpoint as step
@@ -71,7 +74,10 @@ def vision_onnx(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the vision encoder as ONNX of a fixed shape, exact for any picture, for rknn-toolkit2."""
+    """Write the vision encoder as ONNX, exact for any picture.
+
+    Its shape is fixed: it is for rknn-toolkit2.
+    """
     with options.errors_as_lines():
         from mmchat.convert import vision_onnx as step
         from mmchat.model_dir import open_model
@@ -89,9 +95,10 @@ def openvino(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write an OpenVINO folder, which chats on a PC's CPU in a fraction of the checkpoint's memory.
+    """Write a folder for a PC's CPU (OpenVINO), int4 or larger.
 
-    The layout is optimum-intel's.  Interrupted, it goes on with the model where it was.
+    It chats in a fraction of the checkpoint's memory.  The layout is optimum-intel's.  Interrupted, it goes on with the
+    model where it was.
     """
     with options.errors_as_lines():
         from mmchat.convert import openvino_folder as step
@@ -116,7 +123,9 @@ def vision_rknn(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compile the encoder for an NPU with rknn-toolkit2, and compare its PC simulator with the ONNX.
+    """Compile the ONNX for an NPU, with rknn-toolkit2.
+
+    Then the toolkit's PC simulator is compared with the ONNX.
 
     The toolkit runs in a Python environment of its own: --python or $MMCHAT_RKNN_PYTHON names its interpreter.
     """
@@ -213,7 +222,9 @@ def board(
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a whole board folder: token rows, encoder, LLM, small files, mmchat.json.
+    """Make a whole board folder, by all the steps it takes.
+
+    Token rows, encoder, LLM, small files, mmchat.json.
 
     Interrupted, it goes on with the step where it was; what is done is known by digest.
     """

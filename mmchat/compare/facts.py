@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Said:
-    """A model's answer.  ids: its tokens; judged: the judge's score, where there is one."""
+    """A model's answer.
+
+    ids: its tokens.  seconds: with encoding, except where it was given another encoder's rows.  judged: the judge's
+    score, where there is one.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -52,12 +56,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Compared:
-    """One picture and one question."""
+    """One picture and one question; without answers where encoders were compared."""
 
     picture: str
     question: str
     slices: Slices
-    answers: Answers
+    answers: Answers | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,26 +99,28 @@ def summary(found: Sequence[Compared]) -> dict[str, Any]:
     """Over all pictures and questions; each picture's slices count once."""
     slices = list({one.picture: one.slices for one in found}.values())
     cosines = [value for one in slices for value in one.cosines or ()]
-    agreements = [one.answers.agreement for one in found if one.answers.agreement is not None]
-    starts = [one.answers.diverges_at for one in found if one.answers.diverges_at is not None]
-    judged = [(one.answers.a.judged, one.answers.b.judged) for one in found]
+    answers = [one.answers for one in found if one.answers is not None]
+    agreements = [one.agreement for one in answers if one.agreement is not None]
+    starts = [one.diverges_at for one in answers if one.diverges_at is not None]
+    judged = [(one.a.judged, one.b.judged) for one in answers]
     scores = [(a, b) for a, b in judged if a is not None and b is not None]
     return {
         "pictures": len(slices),
-        "questions": len({one.question for one in found}),
+        "questions": len({one.question for one in found if one.answers}),
         "slices": len(cosines),
         "cut_differently": sum(one.cosines is None for one in slices),
         "least_cosine": min(cosines, default=None),
         "mean_cosine": _mean(cosines),
-        "same_answers": sum(one.answers.same for one in found),
-        "answers": len(found),
+        "max_error": max((value for one in slices for value in one.max_errors or ()), default=None),
+        "same_answers": sum(one.same for one in answers),
+        "answers": len(answers),
         "mean_agreement": _mean(agreements),
         "first_divergence": min(starts, default=None),
-        "mean_similarity": _mean([one.answers.similarity for one in found]),
+        "mean_similarity": _mean([one.similarity for one in answers]),
         "judged_a": _mean([a for a, _ in scores]),
         "judged_b": _mean([b for _, b in scores]),
-        "seconds_a": sum(one.answers.a.seconds for one in found),
-        "seconds_b": sum(one.answers.b.seconds for one in found),
+        "seconds_a": sum(one.a.seconds for one in answers),
+        "seconds_b": sum(one.b.seconds for one in answers),
     }
 
 

@@ -52,7 +52,8 @@ def rows(found: Sequence[Compared]) -> list[tuple[str, str]]:
     sums = summary(found)
     lines = [
         ("pictures, questions", f"{sums['pictures']}, {sums['questions']}"),
-        ("cosine of embeddings", f"least {_figure(sums['least_cosine'], 6)}, mean {_figure(sums['mean_cosine'], 6)}"),
+        ("cosine of embeddings", f"least {_figure(sums['least_cosine'], 7)}, mean {_figure(sums['mean_cosine'], 7)}"),
+        ("largest difference", _figure(sums["max_error"], 6)),
         ("of slices", str(sums["slices"])),
         ("same answers", f"{sums['same_answers']} of {sums['answers']}"),
         ("equal tokens", _figure(sums["mean_agreement"], 3)),
@@ -62,8 +63,10 @@ def rows(found: Sequence[Compared]) -> list[tuple[str, str]]:
     ]
     if sums["mean_agreement"] is None:  # other tokens
         lines = [line for line in lines if line[0] not in ("equal tokens", "earliest divergence")]
+    if not sums["answers"]:  # encoders
+        lines = [("pictures", str(sums["pictures"])), *lines[1:4]]
     if sums["cut_differently"]:
-        lines.insert(3, ("pictures that were cut differently", str(sums["cut_differently"])))
+        lines.insert(4, ("pictures that were cut differently", str(sums["cut_differently"])))
     if sums["judged_a"] is not None:
         lines.append(("CLIP score", f"{sums['judged_a']:.2f} and {sums['judged_b']:.2f}"))
     return lines
@@ -82,11 +85,13 @@ def _csv(found: Sequence[Compared]) -> str:
     )  # fmt: skip
     for one in found:
         answers, cosines, errors = one.answers, one.slices.cosines or (), one.slices.max_errors or ()
+        said: tuple[object, ...] = ("",) * 8
+        if answers:
+            said = (int(answers.same), _blank(answers.agreement), _blank(answers.diverges_at), answers.similarity,
+                    _blank(answers.a.judged), _blank(answers.b.judged), answers.a.text, answers.b.text)  # fmt: skip
         writer.writerow(
-            (one.picture, one.question, len(cosines), min(cosines, default=""), max(errors, default=""),
-             int(answers.same), _blank(answers.agreement), _blank(answers.diverges_at), answers.similarity,
-             _blank(answers.a.judged), _blank(answers.b.judged), answers.a.text, answers.b.text)
-        )  # fmt: skip
+            (one.picture, one.question, len(cosines), min(cosines, default=""), max(errors, default=""), *said)
+        )
     return out.getvalue()
 
 
@@ -110,6 +115,8 @@ def _page(found: Sequence[Compared], a: str, b: str, pictures: dict[str, Path]) 
             f"<small>{html.escape(name)}; cosine of each slice: {cosines}</small>"
         )
         for one in asked:
+            if one.answers is None:
+                continue
             lines = _answer(a, one.answers, 0) + _answer(b, one.answers, 1)
             parts.append(f"<h2>{html.escape(one.question)}</h2><table>{lines}</table>")
         parts.append("</div></section>")

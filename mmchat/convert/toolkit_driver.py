@@ -100,6 +100,44 @@ def rknn(job: dict[str, Any], say: Say) -> dict[str, Any]:
     wanted = [called("onnxruntime", session.run, None, dict(zip(names, sample, strict=True))) for sample in samples]
     del session  # its weights, before the toolkit needs the memory
 
+    toolkit, ignored = built(RKNN, job, say)
+    say(step="export")
+    succeeded("export_rknn", toolkit.export_rknn, job["out"])
+    say(step="simulator")
+    succeeded("init_runtime", toolkit.init_runtime)  # without a target it is the simulator
+    compared: list[dict[str, Any]] = [{"name": name, "cosine": [], "error": [], "largest": []} for name in outputs]
+    for sample, right in zip(samples, wanted, strict=True):
+        found = simulated(toolkit, sample, len(right))
+        for row, is_, should in zip(compared, found, right, strict=True):
+            if np.size(is_) != np.size(should):
+                raise Failed("inference", f"gave {row['name']} of shape {np.shape(is_)}, not {should.shape}")
+            a, b = (np.asarray(one, np.float64).reshape(-1) for one in (is_, should))
+            row["cosine"].append(float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30)))
+            row["error"].append(float(np.abs(a - b).max()))
+            row["largest"].append(float(np.abs(b).max()))
+    return {"toolkit": version("rknn-toolkit2"), "ignored": ignored, "outputs": compared}
+
+
+def rknn_simulator(job: dict[str, Any], say: Say) -> dict[str, Any]:
+    """What the PC simulator computes of an ONNX.
+
+    job: onnx, target, config and quantize as above; samples: for each one the files of its inputs, and at last the
+    one that the first output goes to (.npy).
+    """
+    import numpy as np
+
+    say(step="import")
+    RKNN = called("import rknn.api", lambda: __import__("rknn.api", fromlist=["RKNN"]).RKNN)
+    toolkit, ignored = built(RKNN, job, say)
+    succeeded("init_runtime", toolkit.init_runtime)
+    for number, (*inputs, output) in enumerate(job["samples"], 1):
+        say(step=f"simulator, view {number} of {len(job['samples'])}")
+        np.save(output, simulated(toolkit, [np.load(path) for path in inputs], 1)[0])
+    return {"toolkit": version("rknn-toolkit2"), "ignored": ignored}
+
+
+def built(RKNN: Callable[[], Any], job: dict[str, Any], say: Say) -> tuple[Any, list[str]]:
+    """The toolkit with the model built in it, and the options that this release does not have."""
     say(step="load")
     toolkit = RKNN()
     config, unknown = known_only(toolkit.config, job["config"])
@@ -108,25 +146,20 @@ def rknn(job: dict[str, Any], say: Say) -> dict[str, Any]:
     say(step="build")
     options, ignored = known_only(toolkit.build, {"auto_hybrid": True} if job["quantize"] else {})
     succeeded("build", toolkit.build, do_quantization=bool(job["quantize"]), dataset=job["quantize"], **options)
-    say(step="export")
-    succeeded("export_rknn", toolkit.export_rknn, job["out"])
-    say(step="simulator")
-    succeeded("init_runtime", toolkit.init_runtime)  # without a target it is the simulator
-    compared: list[dict[str, Any]] = [{"name": name, "cosine": [], "error": [], "largest": []} for name in outputs]
-    for sample, right in zip(samples, wanted, strict=True):
-        found = called("inference", toolkit.inference, inputs=sample)
-        if found is None or len(found) != len(right):
-            raise Failed("inference", f"gave {len(found) if found else found} outputs of {len(right)}")
-        for row, is_, should in zip(compared, found, right, strict=True):
-            if np.size(is_) != np.size(should):
-                raise Failed("inference", f"gave {row['name']} of shape {np.shape(is_)}, not {should.shape}")
-            a, b = (np.asarray(one, np.float64).reshape(-1) for one in (is_, should))
-            if not np.isfinite(a).all():
-                raise Failed("inference", f"gave values in {row['name']} that are not finite")
-            row["cosine"].append(float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30)))
-            row["error"].append(float(np.abs(a - b).max()))
-            row["largest"].append(float(np.abs(b).max()))
-    return {"toolkit": version("rknn-toolkit2"), "ignored": unknown + ignored, "outputs": compared}
+    return toolkit, unknown + ignored
+
+
+def simulated(toolkit: Any, inputs: list[Any], n_outputs: int) -> list[Any]:
+    """The outputs, all finite."""
+    import numpy as np
+
+    found = called("inference", toolkit.inference, inputs=inputs)
+    if found is None or len(found) != n_outputs:
+        raise Failed("inference", f"gave {len(found) if found else found} outputs of {n_outputs}")
+    for number, one in enumerate(found):
+        if not np.isfinite(np.asarray(one, np.float64)).all():
+            raise Failed("inference", f"gave values in output {number} that are not finite")
+    return list(found)
 
 
 # --- rkllm-toolkit ----------------------------------------------------------------------------------------------
@@ -170,7 +203,11 @@ def write_dataset(samples: list[dict[str, Any]], path: str) -> None:
         file.write("\n]\n")
 
 
-JOBS: dict[str, Callable[[dict[str, Any], Say], dict[str, Any]]] = {"rknn": rknn, "rkllm": rkllm}
+JOBS: dict[str, Callable[[dict[str, Any], Say], dict[str, Any]]] = {
+    "rknn": rknn,
+    "rknn-simulator": rknn_simulator,
+    "rkllm": rkllm,
+}
 
 
 def die_with(lifeline: int) -> None:

@@ -8,7 +8,7 @@ The graph is written for rknn-toolkit2, whose habits were seen with 2.5.0:
 * patches come unfolded and are embedded by a matrix product; the published strip convolution aborts the compiler;
 * no input has four dimensions, which would be taken for a picture, and no constant is infinite;
 * the resampler's queries are constants.  Constants as the first operand of attention break the compiler's fusion, so
-  they are the second: keys times queries, then transposed.  That this suffices was not tried with the toolkit yet.
+  they are the second: keys times queries, then transposed.  With that no rule had to be switched off.
 
 Built with onnx alone; weights go to a file of their own beside the model, one at a time.
 """

@@ -26,7 +26,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,18 @@ class Encoder:
     def view_bytes(self) -> int:
         return 4 * self.n * (3 * self.patch_size**2 + self.hidden_size + self.output_size + 1)
 
+    def position_table(self) -> NDArray[np.float32]:
+        """Of learned positions, (side², hidden_size)."""
+        return to_float32(TensorFile(self.positions).array(POSITIONS))
+
+    def inputs(self, pixels: NDArray[np.uint8], table: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Of the graph, for a view (height, width, 3) of at most n patches."""
+        rows, columns = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
+        patches = vision_inputs.patches(pixels, self.patch_size)
+        return vision_inputs.host_inputs(
+            patches, rows, columns, positions=table, output_size=self.output_size, n=self.n
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -126,7 +139,7 @@ def read_encoder(path: Path) -> Encoder:
     try:
         import onnx
     except ImportError:
-        raise ModelDirError("convert vision-rknn needs the package onnx: pip install 'mmchat[convert]'") from None
+        raise ModelDirError("an ONNX encoder needs the package onnx: pip install 'mmchat[convert]'") from None
     try:
         graph = onnx.load(path, load_external_data=False).graph
         shapes = {
@@ -197,22 +210,11 @@ def _build(plan: Plan, work: Path, python: Path, log: Path, tell: toolkit.Tell) 
     if plan.int8:
         dataset = "dataset.txt"
         (work / dataset).write_text("".join(" ".join(names) + "\n" for names in samples["calibration"]))
-    rules: list[str] = []
-    while True:
-        config = {"disable_rules": rules, "optimization_level": 3}
-        job = {
-            "kind": "rknn", "onnx": str(plan.encoder.path.absolute()), "out": "model.rknn", "target": plan.target,
-            "config": config, "quantize": dataset, "samples": samples["check"],
-        }  # fmt: skip
-        try:
-            result = toolkit.run(toolkit.RKNN, python, job, work, log, tell)
-            break
-        except ToolkitError as error:
-            named = [rule for rule in re.findall(r"\bfuse_[a-z0-9_]+", error.log) if rule not in rules]
-            if error.call != "build" or not named or len(rules) >= len(RULES) + _MORE_RULES:
-                raise
-            rules = list(dict.fromkeys((*rules, *RULES, named[-1])))
-            tell(f"{toolkit.RKNN.name} fails at its rule {named[-1]}: again without")
+    job = {
+        "kind": "rknn", "onnx": str(plan.encoder.path.absolute()), "out": "model.rknn", "target": plan.target,
+        "quantize": dataset, "samples": samples["check"],
+    }  # fmt: skip
+    result, rules = _run_job(job, python, work, log, tell)
     outputs = [
         {
             "name": one["name"],
@@ -227,6 +229,50 @@ def _build(plan: Plan, work: Path, python: Path, log: Path, tell: toolkit.Tell) 
         "disabled_rules": rules, "ignored_options": result["ignored"], "complaints": result["complaints"],
         "patches": plan.encoder.n, "views": len(samples["check"]), "simulator_against_onnx": outputs,
     }  # fmt: skip
+
+
+def simulate(
+    encoder: Encoder, target: str, views: Iterable[NDArray[np.uint8]], n_views: int, python: Path, tell: toolkit.Tell
+) -> list[NDArray[np.float32]]:
+    """What the toolkit's PC simulator makes of views (n_views, each of at most encoder.n patches), in float16.
+
+    Gives (query_num, output_size) for each.  Its inputs lie in the system's temporary folder meanwhile.
+
+    Raises ToolkitError, whose log stays there; DiskFull.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmchat-") as name:
+        work, table = Path(name), encoder.position_table()
+        log = work.with_name(f"{work.name}-rknn.log")
+        check_space(work, n_views * encoder.view_bytes)
+        samples = [
+            [*_write_view(view, encoder, table, work / f"view_{i}", vision_inputs.MASKED), f"embedding_{i}.npy"]
+            for i, view in enumerate(views)
+        ]
+        job = {
+            "kind": "rknn-simulator", "onnx": str(encoder.path.absolute()), "target": target, "quantize": None,
+            "samples": samples,
+        }  # fmt: skip
+        _run_job(job, python, work, log, tell)
+        log.unlink()
+        shape = encoder.query_num, encoder.output_size
+        return [np.load(work / files[-1]).astype(np.float32).reshape(shape) for files in samples]
+
+
+def _run_job(
+    job: dict[str, Any], python: Path, work: Path, log: Path, tell: toolkit.Tell
+) -> tuple[dict[str, Any], list[str]]:
+    """Its result, and the rules that had to be switched off."""
+    rules: list[str] = []
+    while True:
+        config = {"disable_rules": rules, "optimization_level": 3}
+        try:
+            return toolkit.run(toolkit.RKNN, python, {**job, "config": config}, work, log, tell), rules
+        except ToolkitError as error:
+            named = [rule for rule in re.findall(r"\bfuse_[a-z0-9_]+", error.log) if rule not in rules]
+            if error.call != "build" or not named or len(rules) >= len(RULES) + _MORE_RULES:
+                raise
+            rules = list(dict.fromkeys((*rules, *RULES, named[-1])))
+            tell(f"{toolkit.RKNN.name} fails at its rule {named[-1]}: again without")
 
 
 def _check(plan: Plan, name: Path, path: Path, report: dict[str, Any]) -> None:
@@ -256,7 +302,7 @@ def _check(plan: Plan, name: Path, path: Path, report: dict[str, Any]) -> None:
 def _samples(plan: Plan, work: Path) -> dict[str, list[list[str]]]:
     """Arrays written into work: "check" and "calibration", per view the names of its inputs."""
     encoder = plan.encoder
-    table = to_float32(TensorFile(encoder.positions).array(POSITIONS))
+    table = encoder.position_table()
     cut = [
         views(picture, side=encoder.side, patch_size=encoder.patch_size, n=encoder.n)
         for picture in (plan.pictures[:_CALIBRATED] or drawn_pictures(encoder.side))
@@ -282,15 +328,7 @@ def _write_view(
     pixels: NDArray[np.uint8], encoder: Encoder, table: NDArray[np.float32], stem: Path, masked: float
 ) -> Iterator[str]:
     """masked: the least value that its mask has."""
-    rows, columns = pixels.shape[0] // encoder.patch_size, pixels.shape[1] // encoder.patch_size
-    inputs = vision_inputs.host_inputs(
-        vision_inputs.patches(pixels, encoder.patch_size),
-        rows,
-        columns,
-        positions=table,
-        output_size=encoder.output_size,
-        n=encoder.n,
-    )
+    inputs = encoder.inputs(pixels, table)
     inputs["key_mask"] = np.maximum(inputs["key_mask"], np.float32(masked))
     for name in _INPUTS:
         path = stem.with_name(f"{stem.name}_{name}.npy")
