@@ -44,10 +44,14 @@ _NAMES_OF_MACHINES = {3: "i386", 40: "arm", **{number: name for name, number in 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the default parameters tell.  families: those whose layout fits; empty where nothing can be concluded."""
+    """What the default parameters tell.  families: those whose layout fits; empty where nothing can be concluded.
+
+    is_silent: the library did not return from being asked.
+    """
 
     families: tuple[str, ...]
     text: str
+    is_silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ def detect(path: str | Path, *, family: str | None = None, probed: Probe | None 
 
     family: the user's word (a family or a version), which decides where the findings disagree, or know less; not
     against missing symbols, nor against all of them.
-    probed: the result of `probe`; None runs it in a child process.
+    probed: the result of `probe`; None runs it in a child process, and once more where that is silent.
 
-    Raises EngineError: no such file, not a library for this machine, not RKLLM's, it cannot be loaded, the findings
-    disagree (with each other, or all with the user), or its version is unknown or cannot be told.
+    Raises EngineError: no such file, not a library for this machine, not RKLLM's, it cannot be loaded, it is silent
+    twice (whoever loaded it would wait for ever), the findings disagree (with each other, or all with the user), or
+    its version is unknown or cannot be told.
     """
     path = Path(path)
     named = _named(family)
@@ -78,7 +83,8 @@ def detect(path: str | Path, *, family: str | None = None, probed: Probe | None 
             f"{path}: cannot be RKLLM {named}, for it lacks {', '.join(sorted(missing))}; "
             f"its symbols fit {_either(by_symbols)}"
         )
-    probed = probed or probe_in_child(path)
+    if probed is None and (probed := probe_in_child(path)).is_silent and (probed := probe_in_child(path)).is_silent:
+        raise EngineError(f"{path}: hangs: asked twice for its default parameters, {probed.text}; try another version")
     version = versions[0] if len(versions) == 1 else None
     known = [FAMILY_OF_VERSION[text] for text in versions if text in FAMILY_OF_VERSION]
     evidence = [
@@ -219,11 +225,12 @@ def _dynamic_symbols(data: mmap.mmap | bytes, size: int) -> frozenset[str]:
     return frozenset(names)
 
 
-def probe_in_child(path: Path, *, timeout_s: float = _PROBE_TIMEOUT_S) -> Probe:
+def probe_in_child(path: Path, *, timeout_s: float | None = None) -> Probe:
     """Run `probe` in a child process; that it crashes or hangs is a finding, not an error.
 
     Raises EngineError where the dynamic linker refuses the library.
     """
+    timeout_s = _PROBE_TIMEOUT_S if timeout_s is None else timeout_s
     try:
         child = subprocess.run(
             [sys.executable, "-c", _PROGRAM, os.path.abspath(path), *sys.path],  # a bare name would be searched for
@@ -232,7 +239,7 @@ def probe_in_child(path: Path, *, timeout_s: float = _PROBE_TIMEOUT_S) -> Probe:
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
-        return Probe((), f"no answer within {timeout_s:g} s")
+        return Probe((), f"no answer within {timeout_s:g} s", is_silent=True)
     answer = next((line for line in child.stdout.decode(errors="replace").splitlines() if line.startswith(_MARK)), None)
     if answer is None:
         code = child.returncode

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,7 +136,7 @@ class RkllmModel:
 
         thread = threading.Thread(target=call, name="rkllm_run")
         thread.start()
-        abort_at = 0.0
+        abort_at, n_dropped = 0.0, 0
         message: Message | None = None
         try:
             while not isinstance(message, Returned):
@@ -148,7 +148,12 @@ class RkllmModel:
                     message = run.messages.get(timeout=_POLL_S)
                 except queue.Empty:
                     continue
-                if isinstance(message, Returned) or not aborted.is_set():
+                if isinstance(message, Returned):
+                    # An abort that came when all was done still cut the answer, where some of it was not taken yet.
+                    yield replace(message, aborted=True) if n_dropped else message
+                elif aborted.is_set():
+                    n_dropped += 1
+                else:
                     yield message
         finally:
             while thread.is_alive():  # the arrays must live until the library is done with them
@@ -206,7 +211,7 @@ class Perf:
 
 @dataclass(frozen=True)
 class Returned:
-    """rkllm_run came back.  finished, failed: the state callbacks that came."""
+    """rkllm_run came back.  finished, failed: the state callbacks that came.  aborted: it was cut short by us."""
 
     code: int
     finished: bool

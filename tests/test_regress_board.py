@@ -46,8 +46,10 @@ FAULTS = {
     "crashes at once": Fault({"CRASH": "1"}, ("crash",)),
     "crashes on the third run": Fault({"CRASH": "3"}, ("crash",)),
     "crashes within answers": Fault({"CRASH": "2+", "CRASH_TOKENS": "2"}, ("crash",)),
+    "crashes above 150 rows": Fault({"SEGFAULT_ROWS": "150"}, ("crash",)),
     "crashes above 700 rows": Fault({"SEGFAULT_ROWS": "700"}, ("crash",)),
     "hangs at once": Fault({"HANG": "1"}, ("crash",)),
+    "hangs on the third run": Fault({"HANG": "3"}, ("crash",)),
     "fails a run": Fault({"ERROR": "1"}, ("crash",)),
     "fails within answers": Fault({"ERROR": "2+", "ERROR_TOKENS": "1"}, ("crash",)),
     "pictures of equal size are one": Fault({"KV": "stale-prefix"}, ("counts", "strategies"), profile=PREFIX),
@@ -56,7 +58,12 @@ FAULTS = {
     "keeps nothing": Fault({"KV": "none"}, ("strategies",), profile=APPEND),
     "compares instead of appending": Fault({"KV": "prefix"}, ("strategies",), profile=APPEND),
     "counts its cache wrong": Fault({"KV": "append", "KV_COUNT": "7"}, ("strategies",), profile=APPEND, is_quick=True),
+    "counts its cache wrong, 1.2": Fault({"KV": "append", "KV_COUNT": "-2"}, ("strategies",), OLD, APPEND),
     "counts too few rows": Fault({"PREFILL_COUNT": "-5"}, ("counts", "strategies"), profile=PREFIX),
+    "does not load": Fault({"INIT": "fail"}, ("crash",), is_quick=True),
+    "loads nothing": Fault({"INIT": "null"}, ("crash",)),
+    "crashes while it loads": Fault({"PROBE": "crash"}, ("crash",)),
+    "hangs while it loads": Fault({"PROBE": "hang"}, ("crash",)),
 }
 
 
@@ -85,7 +92,7 @@ def test_a_fault_is_found_and_made_small(
     assert hunt.replay(runtime, (small,)).failure is not None
 
 
-# What breaks no property, and why.  SEED, COUNT and TRACE are no faults; INIT and PROBE=crash do not get to a run.
+# What breaks no property, and why.  SEED, COUNT and TRACE are no faults.
 HARMLESS = {
     "the end token is kept": Fault({"KV": "append", "EOS_IN_KV": "1"}, (), OLD, APPEND),  # the engine counts it
     "the end token is missed": Fault({"NO_EOS": "1"}, (), profile=PREFIX),  # the engine ends the answer itself
@@ -102,6 +109,7 @@ HARMLESS = {
     "loses 2 MB per run": Fault({"LEAK_MB": "2"}, ()),  # calibrate measures that
     "segfaults beside librknnrt": Fault({"SEGFAULT_RKNN": "1"}, ()),  # the encoder is in another process
     "cannot load twice": Fault({"SECOND_INIT": "segfault"}, ()),  # a process loads once
+    "cannot load twice, and says so": Fault({"SECOND_INIT": "fail"}, ()),
     "no default parameters": Fault({"PROBE": "zero"}, ()),  # other witnesses tell the ABI
     "is slow": Fault({"PREFILL_MS": "5", "DECODE_MS": "50"}, ()),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mmchat import rkllm_detect
 from mmchat.errors import EngineError
 from mmchat.rkllm_abi import FAMILIES, FAMILY_OF_VERSION
 from mmchat.rkllm_detect import Probe, detect, exported_symbols, probe_in_child
@@ -159,6 +160,18 @@ def test_a_probe_that_fails_is_a_finding(how: str, finding: str, monkeypatch: py
     found = detect(path, probed=probed)
     assert found.family == "1.3.0"
     assert finding in found.evidence[2]
+
+
+def test_a_library_that_hangs_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it may have been the machine."""
+    monkeypatch.setenv("RKLLM_STANDIN_PROBE", "hang")
+    monkeypatch.setattr(rkllm_detect, "_PROBE_TIMEOUT_S", 1.0)
+    path = library("1.3.0")
+    with pytest.raises(EngineError, match=r"hangs: asked twice for its default parameters, no answer within 1 s"):
+        detect(path)
+    answers = iter([probe_in_child(path), Probe(("1.3.0",), "fit 1.3.0")])
+    monkeypatch.setattr(rkllm_detect, "probe_in_child", lambda path: next(answers))
+    assert detect(path).family == "1.3.0"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ import pytest
 
 from mmchat.checkpoint import Checkpoint
 from mmchat.embed_table import EmbedTable
-from mmchat.engine import Event, Piece, Prefill, Sampling, Token, Tokens
+from mmchat.engine import Done, Event, Piece, Prefill, Sampling, Token, Tokens
 from mmchat.errors import ContextFull, EngineError, SamplingFixed
 from mmchat.model_dir import open_model
 from mmchat.openvino_engine import OpenVinoEngine
@@ -340,13 +340,15 @@ def test_a_cancel_that_comes_when_the_library_has_finished_costs_no_strategy(
     monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
     loaded, kit = load("1.3.0", "append"), Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
     stop: list[bool] = []
-    n_tokens = 0
+    events: list[Event] = []
     for event in loaded.generate([kit.words(20)], Sampling(max_new_tokens=12), lambda: bool(stop)):
-        n_tokens += isinstance(event, Token)
+        events.append(event)
         if isinstance(event, Token) and not stop:
             eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "rkllm_run"])
             stop.append(True)
-    assert n_tokens == 1
+    assert sum(isinstance(event, Token) for event in events) == 1
+    assert isinstance(events[-1], Done)
+    assert events[-1].reason == "cancelled"  # by no means "stop": what the library had more to say is not told
     assert loaded.engine.strategy == "append"
     assert run(loaded, [kit.words(20)]).done.n_prefilled == 20
 

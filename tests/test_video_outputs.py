@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 import srt
@@ -158,6 +159,15 @@ def test_the_page_shows_text_as_text(made: list[Caption], tmp_path_factory: pyte
         "html", "meta", "title", "style", "h1", "main", "figure", "img", "figcaption", "time", "small", "p",
     }  # fmt: skip
     assert [(path.parent / src).read_bytes() for src in page.pictures] == [c.digest.encode() for c in wanted]
+
+
+@pytest.mark.parametrize("name", ["door #1 50%? & more", "cam:1", 'a "b"'])
+def test_the_page_finds_its_pictures_whatever_its_name(name: str, tmp_path: Path) -> None:
+    made = [Caption(0.0, 1.0, 0, "A cat.", False, "d" * 64, thumbnail=b"jpeg")]
+    path = tmp_path / f"{name}.html"
+    (src,) = Page(written(made, path)).pictures
+    address = urljoin(path.as_uri(), src)  # as a browser does
+    assert Path(unquote(urlsplit(address).path)).read_bytes() == b"jpeg"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -3,9 +3,10 @@
     python -m tools.measure_video VIDEO [--rounds 5]
 
 VIDEO is one of tools/make_test_video.py.  First all of it at one frame per second: answers that are right, encodes
-per distinct frame, time per frame and memory in the first and the last tenth.  Then its first minute, again and
-again: bare engine calls for the same frames, the loop without reading ahead, and the loop, in turns, so that the
-ratios hold on a busy machine.  Every round begins with an empty store.  Results are in benchmarks/video.md.
+per distinct frame, time per frame and memory in the first and the last tenth; and both tenths in turns, in two
+runtimes, so that a busy machine holds up both.  Then its first minute, again and again: bare engine calls for the same
+frames, the loop without reading ahead, and the loop, in turns, so that the ratios hold on a busy machine.  Every round
+begins with an empty store.  Results are in benchmarks/video.md.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def processor_s(rt: Runtime) -> float:
     return used
 
 
-def whole(rt: Runtime, video: Path) -> None:
-    """The first part: all of the video."""
+def whole(rt: Runtime, video: Path) -> int:
+    """The first part: all of the video.  The number of frames."""
     truth = read(video)
     took: list[float] = []
     used: list[float] = []
@@ -81,12 +82,35 @@ def whole(rt: Runtime, video: Path) -> None:
     for name, of in (("median", statistics.median), ("mean", statistics.mean)):
         a, b = of(first), of(last)
         print(f"{name:6} ms per frame   first tenth {1000 * a:.1f}, last tenth {1000 * b:.1f}, ratio {b / a:.3f}")
-    early, late = used[tenth] - used[0], used[-1] - used[-1 - tenth]
     parts = [made[1 : tenth + 1], made[-tenth:]]
+    early, late = used[tenth] - used[0], used[-1] - used[-1 - tenth]
     encodes = [sum(caption.usage.slices_encoded for caption in part) for part in parts]
     print(f"processor ms per frame first tenth {1000 * early / tenth:.1f}, last tenth {1000 * late / tenth:.1f}, "
           f"ratio {late / early:.3f} (encodes: {encodes[0]}, {encodes[1]})")  # fmt: skip
     print(f"memory MB              first tenth {memory[tenth]:.1f}, last {memory[-1]:.1f}, peak {max(memory):.1f}")
+    return len(made)
+
+
+def aged(old: Runtime, young: Runtime, video: Path, n: int) -> None:
+    """The last tenth of n frames in a loop with all others behind it, the first tenth in one that begins, in turns."""
+    old.store.clear()
+    loops = {
+        "first": captions(young, video, QUESTION, ahead=False),
+        "last": captions(old, video, QUESTION, ahead=False),
+    }
+    for _ in range(n - n // 10):
+        next(loops["last"])
+    next(loops["first"])  # the model is loaded
+    took: dict[str, list[float]] = {"first": [], "last": []}
+    for _ in range(n // 10 - 1):
+        for name, running in loops.items():
+            started = time.perf_counter()
+            caption = next(running)
+            if not caption.usage.slices_encoded:
+                took[name].append(time.perf_counter() - started)
+    first, last = (1000 * statistics.median(seconds) for seconds in took.values())
+    print(f"in turns, ms per frame first tenth {first:.1f}, last tenth {last:.1f}, ratio {last / first:.3f} "
+          f"(frames that are not encoded: {len(took['first'])}, {len(took['last'])})")  # fmt: skip
 
 
 def clip(video: Path) -> list[tuple[float, Image]]:
@@ -136,7 +160,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, mmchat.open("demo", store=folder) as rt:
         if not given.only_clip:
-            whole(rt, given.video)
+            n_frames = whole(rt, given.video)
+            with tempfile.TemporaryDirectory() as other, mmchat.open("demo", store=other) as young:
+                aged(rt, young, given.video, n_frames)
         pictures = [image for _, image in clip(given.video)]
         n = len(pictures)
         rt.ready()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 from mmchat.video.values import Caption, clock
 
@@ -110,12 +111,13 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
   body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-         background: Canvas; color: CanvasText; color-scheme: light dark; }}
+         background: Canvas; color: CanvasText; color-scheme: light dark; overflow-wrap: anywhere; }}
   main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.5rem; }}
   figure {{ margin: 0; }}
-  img {{ width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: #8882; border-radius: .4rem; }}
+  img {{ width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: #8882; border-radius: .4rem;
+         outline: 1px solid #8886; outline-offset: -1px; }}
   time, small {{ color: GrayText; font-variant-numeric: tabular-nums; }}
-  figcaption p {{ margin: .2rem 0 0; overflow-wrap: anywhere; }}
+  figcaption p {{ margin: .2rem 0 0; white-space: pre-line; }}
 </style>
 <h1>{title}</h1>
 <main>
@@ -146,7 +148,7 @@ class _Page:
         return self._folder / f"{caption.digest[:24]}.jpg"
 
     def _figure(self, number: int, caption: Caption) -> str:
-        place = html.escape(f"{self._folder.name}/{self._picture(caption).name}")
+        place = quote(os.fsencode(f"{self._folder.name}/{self._picture(caption).name}"))  # an address: "#1" is a place
         name = f" <small>{html.escape(caption.name)}</small>" if caption.name else ""
         span = f"{clock(caption.time)} – {clock(caption.end)}"
         return (
