@@ -62,13 +62,10 @@ def look(folder: Path) -> HalfMade | None:
 def _parts(folder: Path) -> HalfMade | None:
     """Of a checkpoint, without an LLM: they belong to a board's folder."""
     record = read_state(folder / PULL_RECORD)
+    if not record:  # so that there is such a folder
+        return None
     weights = {path.name for path in folder.glob("*.safetensors")}
-    if (
-        not record
-        or not weights
-        or not weights <= set(_PARTS)
-        or any([*folder.glob("*.rkllm"), *folder.glob(".*.part")])
-    ):
+    if not weights or not weights <= set(_PARTS) or any([*folder.glob("*.rkllm"), *folder.glob(".*.part")]):
         return None
     repo = record.get("repo")
     has = " and ".join(_PARTS[name] for name in sorted(weights))
