@@ -43,6 +43,7 @@ MAX_PIXELS = 178_956_970
 
 # Only plain raster formats: Pillow's others run outside programs (EPS) or are rarely exercised decoders.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 _PLUGINS = ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP")
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 # What every browser shows, and how such files are called.

@@ -20,6 +20,7 @@ import mmchat
 from mmchat.cli.options import Keeping, Opening, Talk, UsageError, describe, policy, printable, say
 from mmchat.cli.terminal import Waiting, describe_changes, describe_plan, print_stats, reply_to_json
 from mmchat.errors import MmchatError
+from mmchat.images import SUFFIXES as PICTURE_SUFFIXES
 from mmchat.images import open_image
 from mmchat.runtime import Runtime
 from mmchat.saving import FORMS
@@ -27,7 +28,6 @@ from mmchat.session import Reply, Session
 from mmchat.transcript import SUFFIXES, export
 
 _IN_TEXT = re.compile(r"(?<!\\)\{\{[ \t]*([^{}\s][^{}]*?)[ \t]*\}\}")
-_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 HELP = """\
 /image PATH...   attach pictures to the next question ({{PATH}} in a question puts one right there)
@@ -56,7 +56,7 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
             question = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError:
             raise UsageError("the question on stdin is not text (UTF-8); a picture comes before the question") from None
-    elif Path(question).suffix.lower() in _PICTURE_SUFFIXES and _is_file(question):
+    elif Path(question).suffix.lower() in PICTURE_SUFFIXES and _is_file(question):
         raise UsageError(f"the last word must be the question, but {question} is a picture")
     parts = split_pictures(question)
     if not any(isinstance(part, str) and part.strip() for part in parts):

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmchat.errors import VideoError
-from mmchat.images import read_image
+from mmchat.images import SUFFIXES, read_image
 from mmchat.video.values import Frame, Notice
 
 if TYPE_CHECKING:
     from mmchat.images import ImageSource
-
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 
 
 class Pictures:

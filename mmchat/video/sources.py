@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.errors import VideoError
+from mmchat.images import SUFFIXES
 from mmchat.video.decoding import Video, is_address, public
 from mmchat.video.live import Stream, open_live
-from mmchat.video.pictures import SUFFIXES, Arrays, Pictures
+from mmchat.video.pictures import Arrays, Pictures
 from mmchat.video.values import Source
 
 _CAMERA = re.compile(r"/dev/(v4l/.*|video\d+)")
