@@ -29,6 +29,7 @@ from mmchat.checkpoint import Checkpoint, read_header, weight_files
 from mmchat.engine import Sampling
 from mmchat.errors import ModelDirError, PromptError
 from mmchat.rknn_file import RknnFile, read_rknn
+from mmchat.slicing import Size, SlicePlan, plan_slices
 
 DEMO = "demo"
 BOARD_FILE = "mmchat.json"
@@ -117,6 +118,16 @@ class SliceSpec:
     scale_resolution: int
     patch_size: int
     max_patches: int
+
+    def plan(self, size: Size, max_slice_nums: int | None = None) -> SlicePlan:
+        """Of a picture (width, height).  max_slice_nums: instead of the model's.  Raises ImageError."""
+        return plan_slices(
+            *size,
+            max_slice_nums=self.max_slice_nums if max_slice_nums is None else max_slice_nums,
+            scale_resolution=self.scale_resolution,
+            patch_size=self.patch_size,
+            max_patches=self.max_patches,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mmchat.engine import Tokens, Vision
 from mmchat.errors import ContextFull
 from mmchat.probe_runs import EQUAL_TOKENS, TRIALS, Rows, Runs
 from mmchat.prompt import Message, Picture, Text, render
-from mmchat.slicing import plan_slices, slice_image
+from mmchat.slicing import slice_image
 from mmchat.store import Store, slice_key
 
 _COLOURS = {  # of pictures: names that every model knows
@@ -106,16 +106,8 @@ def _picture(runs: Runs, sight: Sight, colour: str) -> Picture:
     """Encoded, as one slice."""
     from PIL import Image
 
-    rule = runs.spec.slices
-    side = rule.scale_resolution
-    plan = plan_slices(
-        side,
-        side,
-        max_slice_nums=1,
-        scale_resolution=side,
-        patch_size=rule.patch_size,
-        max_patches=rule.max_patches,
-    )
+    side = runs.spec.slices.scale_resolution
+    plan = runs.spec.slices.plan((side, side), 1)
     slices = slice_image(Image.new("RGB", (side, side), _COLOURS[colour]), plan)
     keys = tuple(slice_key(pixels, runs.spec.encoder_digest) for pixels in slices)
     sight.vision.encode(list(zip(keys, slices, strict=True)), lambda done, total: None, lambda: False)

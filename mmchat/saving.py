@@ -32,7 +32,7 @@ from mmchat.images import open_image, to_file
 from mmchat.model_dir import ModelSpec
 from mmchat.record import ImageHandle, Marks, Original, Turn, Usage
 from mmchat.sections import MAX_DATA_BYTES
-from mmchat.slicing import Size, SlicePlan, plan_slices, slice_image
+from mmchat.slicing import Size, SlicePlan, slice_image
 from mmchat.store import PREPROCESSING_VERSION, Store, slice_key
 
 if TYPE_CHECKING:
@@ -80,18 +80,6 @@ def marks_of(state: Mapping[str, Any]) -> Marks:
             raise SessionError(f"its {name} are no numbers")
         values[name] = np.frombuffer(data, "<u4").tolist()
     return Marks.from_dict(values)
-
-
-def cut_plan(spec: ModelSpec, size: Size, max_slice_nums: int) -> SlicePlan:
-    """How a model's pictures are cut.  Raises ImageError."""
-    rule = spec.slices
-    return plan_slices(
-        *size,
-        max_slice_nums=max_slice_nums,
-        scale_resolution=rule.scale_resolution,
-        patch_size=rule.patch_size,
-        max_patches=rule.max_patches,
-    )
 
 
 def image_of(original: Original, plan: SlicePlan, name: str = "") -> Image:
@@ -277,7 +265,7 @@ class Restored:
         return self._handles[saved.id]
 
     def _make(self, saved: SavedImage, number: int) -> ImageHandle:
-        plan = cut_plan(self._spec, saved.size, saved.max_slice_nums)
+        plan = self._spec.slices.plan(saved.size, saved.max_slice_nums)
         slice_keys = saved.keys
         if not self._same_encoder or len(slice_keys) != plan.n_inputs:
             slice_keys = self._cut(saved, plan)

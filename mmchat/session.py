@@ -40,7 +40,7 @@ from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
 from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
-from mmchat.saving import Keeper, Restored, cut_again, cut_plan, keep, saved_model, saved_state
+from mmchat.saving import Keeper, Restored, cut_again, keep, saved_model, saved_state
 from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
@@ -91,7 +91,7 @@ class Session:
         self.sampling = dict(sampling or {})
         self.notes = tuple(notes)
         self.unsaved: str | None = None
-        cut_plan(spec, (1, 1), self.max_slice_nums)  # refuses an impossible one now
+        spec.slices.plan((1, 1), self.max_slice_nums)  # refuses an impossible one now
         self._sampling({})  # and impossible values
         self._counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=self.use_image_id)
         self._turns: tuple[Turn, ...] = tuple(turns)
@@ -445,7 +445,7 @@ class Session:
             file = Path(source).read_bytes()
         rules: dict[str, Any] = {"max_slice_nums": self.max_slice_nums, "reference": self.reference_pixels}
         with open_image(source if file is None else file, reference=self.reference_pixels, name=path) as opened:
-            plan = cut_plan(self._spec, opened.size, self.max_slice_nums)
+            plan = self._spec.slices.plan(opened.size, self.max_slice_nums)
             image = opened.read(at_least=plan.refined or plan.source)
             slices = slice_image(image, plan)
             # The file as it is now, or the pixels: file, image or array may be changed later.

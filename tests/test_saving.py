@@ -30,7 +30,7 @@ from mmchat.images import read_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer
 from mmchat.record import Marks
-from mmchat.saving import FORMS, Restored, cut_plan, image_of, saved_model, spells
+from mmchat.saving import FORMS, Restored, image_of, saved_model, spells
 from mmchat.sections import SectionFile, pack
 from mmchat.session import Reply, Session
 from mmchat.store import Store, slice_key
@@ -499,7 +499,7 @@ def test_a_picture_that_is_not_the_one_that_was_saved(setup: Setup, file: Path) 
 def test_a_picture_that_cannot_be_cut(
     setup: Setup, file: Path, data: bytes, size: tuple[int, int], same_encoder: bool
 ) -> None:
-    plan = cut_plan(SPEC, size, 9)
+    plan = SPEC.slices.plan(size, 9)
     keys = tuple(hashlib.sha256(bytes([i])).hexdigest() for i in range(plan.n_inputs))
     image = forged("a.png", data, size, keys=keys)
     write(file, saved_turn("Red.", TOKENIZER.encode("Red."), image), picture=lambda name: data)

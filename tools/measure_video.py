@@ -26,7 +26,7 @@ import mmchat
 from mmchat.engine import Sampling
 from mmchat.prompt import Message, Picture, Text, render
 from mmchat.runtime import Runtime
-from mmchat.slicing import plan_slices, slice_image
+from mmchat.slicing import slice_image
 from mmchat.store import slice_key
 from mmchat.video import Caption, Frame, captions, open_source
 from mmchat.video.asking import SAMPLING
@@ -123,10 +123,9 @@ def clip(video: Path) -> list[tuple[float, Image]]:
 
 def bare(rt: Runtime, pictures: Sequence[Image]) -> float:
     """Seconds of encoder and engine calls alone; cutting and prompts are made before."""
-    rule, wanted = rt.spec.slices, []
+    wanted = []
     for image in pictures:
-        plan = plan_slices(*image.size, max_slice_nums=1, scale_resolution=rule.scale_resolution,
-                           patch_size=rule.patch_size, max_patches=rule.max_patches)  # fmt: skip
+        plan = rt.spec.slices.plan(image.size, 1)
         slices = slice_image(image, plan)
         keys = tuple(slice_key(pixels, rt.spec.encoder_digest) for pixels in slices)
         message = Message("user", (Picture(plan, keys), Text(QUESTION)))

@@ -19,7 +19,7 @@ from mmchat.convert.vision_onnx import MODEL_FILE
 from mmchat.errors import ImageError, ModelDirError, OptionError
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec, SliceSpec
-from mmchat.slicing import SlicePlan, plan_slices, slice_image
+from mmchat.slicing import SlicePlan, slice_image
 
 SIMULATOR = "rknn-sim:"  # before the folder's name
 _MAX_SLICES = 9
@@ -98,24 +98,14 @@ def open_encoder(name: str, *, chip: str, python: str | None, n_threads: int | N
 def cut(picture: Path, rule: SliceSpec, max_slice_nums: int | None) -> list[NDArray[np.uint8]]:
     """The views that a conversation would cut it into.  Raises ImageError."""
     with open_image(picture) as opened:
-        plan = _plan(opened.size, rule, max_slice_nums)
+        plan = rule.plan(opened.size, max_slice_nums)
         return slice_image(opened.read(at_least=plan.refined or plan.source), plan)
 
 
 def plan_of(picture: Path, rule: SliceSpec, max_slice_nums: int | None) -> SlicePlan:
     """Raises ImageError."""
     with open_image(picture) as opened:
-        return _plan(opened.size, rule, max_slice_nums)
-
-
-def _plan(size: tuple[int, int], rule: SliceSpec, max_slice_nums: int | None) -> SlicePlan:
-    return plan_slices(
-        *size,
-        max_slice_nums=max_slice_nums or rule.max_slice_nums,
-        scale_resolution=rule.scale_resolution,
-        patch_size=rule.patch_size,
-        max_patches=rule.max_patches,
-    )
+        return rule.plan(opened.size, max_slice_nums)
 
 
 def _session(path: Path, n_threads: int | None) -> Callable[..., Sequence[Any]]:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmchat.checkpoint import Checkpoint
 from mmchat.embed_table import EmbedTable
 from mmchat.embedding import assemble
 from mmchat.errors import ModelDirError
-from mmchat.images import read_image
+from mmchat.images import SUFFIXES, read_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Text, render
 from mmchat.slicing import plan_slices, slice_image
@@ -23,7 +22,6 @@ from mmchat.slicing import plan_slices, slice_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 QUESTION = "Describe the image in detail."
 # Width and height of pictures that are drawn where none are given: square, wide, tall, small; as shares of a view.
 _DRAWN = ((1.0, 1.0), (3.1, 1.7), (0.9, 2.6), (0.4, 0.3))
@@ -32,7 +30,7 @@ _DRAWN = ((1.0, 1.0), (3.1, 1.7), (0.9, 2.6), (0.4, 0.3))
 def pictures_in(folder: Path) -> list[Path]:
     """Raises ModelDirError: no folder, or no pictures in it."""
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise ModelDirError(
             f"{folder}: cannot be read ({error.strerror or error}); give a folder of pictures"
@@ -108,28 +106,20 @@ class Embedder:
 
     def __init__(self, spec: ModelSpec) -> None:
         """spec: of a checkpoint folder.  Raises ModelDirError: tensors are missing."""
-        from mmchat.openvino_graphs import cpu_properties
-        from mmchat.openvino_vision import OpenVinoEncoder
+        from mmchat.openvino_vision import open_encoder
 
         self._spec = spec
         self._tokenizer = ChatTokenizer(spec.tokenizer_path)
         self._table = EmbedTable.open(spec.embed_table_path)
-        encoder = OpenVinoEncoder(Checkpoint(spec.folder), spec.vision, cpu_properties(None))
-        self._encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = encoder.encode
+        self._encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = open_encoder(spec, None).encode
 
     def rows(self, talk: Talk) -> NDArray[np.float32]:
         """(n, hidden_size): a conversation that begins with this question, up to where the answer begins.
 
         Raises ImageError: the picture cannot be read.
         """
-        rule, image = self._spec.slices, read_image(talk.picture)
-        plan = plan_slices(
-            *image.size,
-            max_slice_nums=rule.max_slice_nums,
-            scale_resolution=rule.scale_resolution,
-            patch_size=rule.patch_size,
-            max_patches=rule.max_patches,
-        )
+        image = read_image(talk.picture)
+        plan = self._spec.slices.plan(image.size)
         embeddings = {f"view {i}": self._encode(view) for i, view in enumerate(slice_image(image, plan))}
         prompt = render(
             [Message("user", (Picture(plan, tuple(embeddings)), Text(talk.question)))],
