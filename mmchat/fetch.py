@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from mmchat.checkpoint import write_atomic
 from mmchat.errors import DownloadError
-from mmchat.outputs import remove_temporary
+from mmchat.outputs import replace_file
 
 _TIMEOUT_S = 30
 _READ_BYTES = 1 << 18
@@ -132,8 +131,7 @@ class _Part:
         self._file.flush()
         os.fsync(self._file.fileno())
         state = json.dumps({"key": self._key, "done": self.done}).encode()
-        remove_temporary(_state_of(self._path))
-        write_atomic(_state_of(self._path), lambda file: file.write(state))
+        replace_file(_state_of(self._path), state)
         self._synced = self.done
 
 

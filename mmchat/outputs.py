@@ -76,6 +76,12 @@ def remove_temporary(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file at once.  Only for the only_writer of its folder.  Raises OSError."""
+    remove_temporary(path)
+    write_atomic(path, lambda file: file.write(data))
+
+
 class Work:
     """A folder that is made file by file; interrupted, it goes on with the next file.
 
@@ -119,8 +125,7 @@ class Work:
         self._save()
 
     def _save(self) -> None:
-        remove_temporary(self._path)
-        write_atomic(self._path, lambda file: file.write(json.dumps(self._state).encode()))
+        replace_file(self._path, json.dumps(self._state).encode())
 
 
 def stamp(path: Path) -> list[int]:

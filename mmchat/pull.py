@@ -30,12 +30,11 @@ from mmchat.checkpoint import (
     header_bytes,
     parse_header,
     read_header,
-    write_atomic,
 )
 from mmchat.errors import DownloadError, ModelDirError
 from mmchat.fetch import Piece, Span
 from mmchat.half_made import PULL_RECORD
-from mmchat.outputs import check_space, only_writer, remove_temporary
+from mmchat.outputs import check_space, only_writer, replace_file
 
 PARTS = ("all", "llm", "table", "vision")
 RECORD = PULL_RECORD
@@ -275,9 +274,7 @@ class _Record:
         self._save()
 
     def _save(self) -> None:
-        remove_temporary(self._path)
-        text = json.dumps(self._values, indent=1).encode()
-        write_atomic(self._path, lambda file: file.write(text))
+        replace_file(self._path, json.dumps(self._values, indent=1).encode())
 
 
 def _weight_map(hub: Hub) -> tuple[dict[str, str], bool]:

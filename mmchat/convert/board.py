@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmchat.checkpoint import Checkpoint, blocks, write_atomic, write_raw_tensors
+from mmchat.checkpoint import Checkpoint, blocks, write_raw_tensors
 from mmchat.convert import llm_rkllm, table, toolkit, vision_onnx, vision_rknn
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.convert.steps import WORK, Steps
 from mmchat.errors import ModelDirError, OptionError
 from mmchat.model_dir import BOARD_FILE, ModelSpec, check_digests, open_model
-from mmchat.outputs import check_space, only_writer, remove_temporary, stamp
+from mmchat.outputs import check_space, only_writer, remove_temporary, replace_file, stamp
 from mmchat.prompt import ChatTokenizer
 
 LLM, TABLE, VISION, CPU_VISION = "model.rkllm", "embed_table.safetensors", "vision.rknn", "vision.safetensors"
@@ -148,9 +148,9 @@ def run(plan: Plan, folder: Path, tell: toolkit.Tell, progress: Progress) -> Non
 def _describe(plan: Plan, folder: Path, steps: Steps) -> None:
     """mmchat.json, from which the folder opens, and how it was made."""
     spec = plan.spec
-    vision = {"file": CPU_VISION}
+    vision: dict[str, Any] = {"file": CPU_VISION}
     if plan.mode == "navit":
-        vision = {"file": VISION, "patches": plan.patches, "positions": POSITIONS}  # type: ignore[dict-item]
+        vision = {"file": VISION, "patches": plan.patches, "positions": POSITIONS}
     description = {
         "format": 1,
         "family": "minicpmv-2.6",
@@ -166,8 +166,7 @@ def _describe(plan: Plan, folder: Path, steps: Steps) -> None:
     }
     for name, content in ((REPORT, {"target": plan.target, **steps.reports()}), (BOARD_FILE, description)):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        remove_temporary(folder / name)
-        write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
+        replace_file(folder / name, text.encode())
 
 
 # --- the steps --------------------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mmchat.checkpoint import write_atomic
 from mmchat.convert.step import Progress
 from mmchat.errors import ModelDirError
 from mmchat.half_made import BOARD_STATE, read_state
-from mmchat.outputs import remove_temporary
+from mmchat.outputs import replace_file
 
 WORK = ".mmchat-board.work"
 _BLOCK = 1 << 20
@@ -89,8 +88,7 @@ class Steps:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _save(self) -> None:
-        remove_temporary(self._path)
-        write_atomic(self._path, lambda file: file.write(json.dumps(self._state).encode()))
+        replace_file(self._path, json.dumps(self._state).encode())
 
 
 def sha256(path: Path, progress: Progress) -> str:
