@@ -13,7 +13,6 @@ Nothing here knows whether the model is right: `mmchat calibrate` and a look at 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from mmchat.checkpoint import Checkpoint, write_atomic
+from mmchat.checkpoint import Checkpoint
 from mmchat.convert import llm_checkpoint, toolkit
 from mmchat.convert.calibration import Embedder, Talk, talks_in
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.outputs import check_space, only_writer, remove_temporary
+from mmchat.outputs import check_space, only_writer
 
 DTYPES = {
     "rk3588": ("w8a8", "w8a8_g128", "w8a8_g256", "w8a8_g512"),
@@ -141,11 +140,6 @@ def plan(checkpoint: str | Path, options: Options, calibration: Path | None = No
     return Plan(spec, llm_checkpoint.plan(spec.folder), options, talks, n_numbers)
 
 
-def report_path(target: Path) -> Path:
-    """Where the report of a converted model lies."""
-    return target.with_name(f"{target.name}.json")
-
-
 def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Progress) -> dict[str, Any]:
     """Write target and, beside it, the report, which is given back.
 
@@ -180,9 +174,7 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Pr
             made = work / "model.rkllm"
             if not made.is_file() or not made.stat().st_size:
                 raise ToolkitError(f"rkllm-toolkit says that it succeeded, but wrote nothing; all it said: {log}")
-            text = json.dumps(report, indent=2) + "\n"
-            remove_temporary(report_path(target))
-            write_atomic(report_path(target), lambda file: file.write(text.encode()))
+            toolkit.write_report(target, report)
             os.replace(made, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.errors import ToolkitError
+from mmchat.outputs import replace_file
 
 Tell = Callable[[str], None]  # a line for the user
 
@@ -92,6 +93,12 @@ def run(toolkit: Toolkit, python: Path, job: dict[str, Any], work: Path, log: Pa
     if call == f"import {toolkit.module}":
         raise ToolkitError(f"{python} has no working {toolkit.name} ({message}); {toolkit.install}")
     raise ToolkitError(f"{toolkit.name}: {call} failed ({message}); {_last(told)}all it said: {log}", call, told)
+
+
+def write_report(target: Path, report: dict[str, Any]) -> None:
+    """How a file was made: beside it, under its name with .json.  Only for the only_writer of the folder."""
+    text = json.dumps(report, indent=2) + "\n"
+    replace_file(target.with_name(f"{target.name}.json"), text.encode())
 
 
 @contextlib.contextmanager

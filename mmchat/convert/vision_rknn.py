@@ -21,7 +21,6 @@ That the NPU itself agrees with its simulator is not known here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -36,14 +35,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmchat import vision_inputs
-from mmchat.checkpoint import TensorFile, to_float32, write_atomic
+from mmchat.checkpoint import TensorFile, to_float32
 from mmchat.convert import toolkit
 from mmchat.convert.calibration import drawn_pictures, pictures_in, views
 from mmchat.convert.step import Estimate
 from mmchat.convert.vision_onnx import MODEL_FILE, POSITIONS_FILE
 from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import POSITIONS
-from mmchat.outputs import check_space, only_writer, remove_temporary
+from mmchat.outputs import check_space, only_writer
 from mmchat.rknn_file import read_rknn
 
 TARGETS = ("rk3588", "rk3576")
@@ -173,11 +172,6 @@ def read_encoder(path: Path) -> Encoder:
     return Encoder(path, positions, n, math.isqrt(patch // 3), hidden, queries, output, n_bytes)
 
 
-def report_path(target: Path) -> Path:
-    """Where the report of a converted model lies."""
-    return target.with_name(f"{target.name}.json")
-
-
 def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell) -> dict[str, Any]:
     """Write target and, beside it, the report, which is given back.  Interrupted, it begins anew.
 
@@ -193,9 +187,7 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell) -> dict[str,
         try:
             report = _build(plan, work, python, log, tell)
             _check(plan, work / target.name, work / "model.rknn", report)
-            text = json.dumps(report, indent=2) + "\n"
-            remove_temporary(report_path(target))
-            write_atomic(report_path(target), lambda file: file.write(text.encode()))
+            toolkit.write_report(target, report)
             os.replace(work / "model.rknn", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
