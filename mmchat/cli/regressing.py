@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def regress(opening: Opening, wanted: Wanted) -> None:
 
 def _check_hypothesis() -> None:
     try:
-        import hypothesis  # noqa: F401
+        importlib.import_module("hypothesis")
     except ImportError:
         raise UsageError("regress needs hypothesis: pip install 'mmchat[regress]'") from None
 

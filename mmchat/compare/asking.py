@@ -152,9 +152,9 @@ def _ask(
     ):
         for number, picture in enumerate(pictures, 1):
             say(f"{runtime.spec.name}: picture {number} of {len(pictures)}, {picture.name}")
+            if given is not None:
+                keys = _put(runtime.store, runtime.spec, picture, max_slice_nums, given[picture])
             for question in questions:
-                if given is not None:
-                    keys = _put(runtime.store, runtime.spec, picture, max_slice_nums, given[picture])
                 session = runtime.session(max_slice_nums=max_slice_nums)
                 started = time.perf_counter()
                 text = session.ask(question, [picture], temperature=0.0, max_new_tokens=max_new_tokens).text

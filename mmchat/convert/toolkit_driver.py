@@ -81,8 +81,7 @@ def rknn(job: dict[str, Any], say: Say) -> dict[str, Any]:
     """ONNX -> *.rknn, then the PC simulator's outputs against onnxruntime's.
 
     job: onnx, out (paths), target, config (of RKNN.config), quantize (a dataset's path or None; what int8 spoils
-    stays float16), samples: for each
-    input of the model a list of its arrays (.npy), as many as there are samples.
+    stays float16), samples: for each one the files of its inputs (.npy), in the model's order.
 
     Gives {"toolkit", "outputs": [{"name", "cosine": [one per sample], "error": [...], "largest": [...]}]}.
     """

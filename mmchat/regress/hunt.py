@@ -149,8 +149,7 @@ def record_crash(runtime: Runtime, failure: Failure) -> None:
     try:
         session = runtime.session(policy="error")
         n_fixed = session.prompt(("",)).n_rows
-        reply = session.ask(digits(max(1, failure.rows - n_fixed)), temperature=0.0, max_new_tokens=1)
-        reply.text  # noqa: B018
+        list(session.ask(digits(max(1, failure.rows - n_fixed)), temperature=0.0, max_new_tokens=1))
     except MmchatError:  # it crashed, as it should
         pass
     finally:
