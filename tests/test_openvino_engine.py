@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,36 @@ def test_a_failing_inference_is_an_error_and_the_next_request_is_right(
     for expected_reuse in (0, 59):
         again = run(engine, [WORDS], ENDLESS)
         assert (again.ids, again.done.n_reused) == (whole.ids, expected_reuse)
+
+
+# The bytes that native code holds, as glibc counts them, after runs of `count` lengths that were never seen before.
+_IN_USE = """
+import ctypes, sys
+from mmchat.engine import Sampling, Tokens
+from mmchat.model_dir import open_model
+from mmchat.openvino_engine import open_engine
+from mmchat.prompt import ChatTokenizer
+
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+kind = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = kind
+spec = open_model("demo")
+engine = open_engine(spec, ChatTokenizer(spec.tokenizer_path), lambda key: None, context_rows=256)
+for length in (200, *range(1, 101)):
+    ids = tuple(300 + (length + k) % 400 for k in range(length))
+    for _ in engine.generate([Tokens(ids)], Sampling(temperature=0.0, max_new_tokens=1), lambda: False):
+        pass
+    if length in (50, 100):
+        print(libc.mallinfo2().uordblks)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_runs_of_ever_other_lengths_do_not_fill_the_memory() -> None:
+    shown = subprocess.run([sys.executable, "-c", _IN_USE], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(int, shown.stdout.split())
+    assert after - before < 3e6  # 11 MB when every length's kernels were kept
 
 
 def test_a_table_of_another_model_is_refused(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
