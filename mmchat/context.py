@@ -245,6 +245,17 @@ def fit(
     return best
 
 
+def told(conversation: Conversation, fitted: Fitted) -> tuple[Change, ...]:
+    """What the changes come to: each picture once, as it is sent at last; those of a turn that went, went with it."""
+    numbers = {int(change.what.removeprefix("turn ")) for change in fitted.changes if change.form == "dropped"}
+    gone = [image.id for number in sorted(numbers) for image in conversation.turns[number - 1].images]
+    degraded = {
+        change.what: change for change in fitted.changes if change.form != "dropped" and change.what not in gone
+    }
+    turns = (Change(f"turn {number}", "dropped") for number in sorted(numbers))
+    return (*degraded.values(), *turns, *(Change(name, "dropped") for name in gone))
+
+
 def _advice(marks: Marks, policy: Policy) -> str:
     if not policy.steps:
         return 'take turns back, forget pictures, or choose another policy than "error"'

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mmchat.context import Change, Conversation, Fitted, mentions
+from mmchat.context import Change, Conversation, Fitted, mentions, told
 from mmchat.embedding import RowKey, choose_cache, common_prefix, row_keys
 from mmchat.engine import Piece
 from mmchat.record import Form, Marks, Usage, images_in
@@ -153,7 +153,7 @@ def make_plan(
             for image, is_dropped in images
         ),
         dropped=tuple(sorted(marks.dropped)),
-        degraded=fitted.changes,
+        degraded=told(conversation, fitted),
         unseen=tuple(name for name in mentions(conversation.question) if name not in sent),
         seconds=predict(speeds, slices_new, fitted.rows - rows_reused),
         marks=marks,

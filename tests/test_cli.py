@@ -98,7 +98,7 @@ def test_ask(red: Path) -> None:
 def test_ask_json(red: Path, green: Path) -> None:
     out, err = mmchat_command("ask", red, green, "How many images are there?", "--json", "--max-new-tokens", "20")
     shown = json.loads(out)
-    assert set(shown) == {"text", "stop_reason", "usage", "degraded"}
+    assert set(shown) == {"text", "stop_reason", "usage", "degraded", "unseen"}
     assert shown["degraded"] == []
     assert shown["text"]
     assert shown["stop_reason"] in ("stop", "length")

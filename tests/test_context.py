@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmchat.context import Conversation, Fitted, Policy, Step, as_sent, fit, mentions
+from mmchat.cli.terminal import describe_changes
+from mmchat.context import Conversation, Fitted, Policy, Step, as_sent, fit, mentions, told
 from mmchat.errors import ContextFull, SessionError
 from mmchat.model_dir import open_model
 from mmchat.prompt import ChatTokenizer, Message, Picture, RowCounter, Text, picture_rows, render
@@ -223,6 +224,7 @@ def trimmed(
 THREE = make([CUT, "What?"], [LARGE, "And?"], ["So?"], [CUT, "Why?"])
 TALK = Conversation(SYSTEM, THREE, ("Now?",))
 ALL = rows_of(TALK)
+IDS = ("img1", "img2", "img3")
 
 
 def test_the_default_ladder_goes_from_the_oldest_to_the_newest_step_by_step() -> None:
@@ -239,6 +241,19 @@ def test_the_default_ladder_goes_from_the_oldest_to_the_newest_step_by_step() ->
         "turn 3 is not sent any more",
         "turn 4 is not sent any more",
     ]
+
+
+def test_what_is_told_is_what_came_of_it() -> None:
+    """A picture that lost its cells on the way and went with its turn is told once, and every picture that went is."""
+    least = fit(TALK, Marks(), COUNTER, cap=60, max_new_tokens=1, policy=Policy(recent=0.0))
+    changes = told(TALK, least)
+    turns = [f"turn {number}" for number in sorted(least.marks.dropped)]
+    assert [str(change) for change in changes] == [f"{name} is not sent any more" for name in (*turns, *IDS)]
+    assert describe_changes(changes) == "turns 1, 2, 3, 4 with img1, img2, img3: not sent any more"
+    some = fit(TALK, Marks(), COUNTER, cap=ALL, max_new_tokens=1, policy=Policy(("overview", "turns"), 1.0))
+    assert describe_changes(told(TALK, some)) == "img1: sent without cells"
+    one = fit(TALK, Marks(), COUNTER, cap=ALL, max_new_tokens=1, policy=Policy.of("turns"))
+    assert describe_changes(told(TALK, one)) == "turn 1 with img1: not sent any more"
 
 
 def test_steps_are_taken_in_the_users_order_and_no_others() -> None:

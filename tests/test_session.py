@@ -951,7 +951,7 @@ def test_what_is_reattached_outlives_what_came_after_it(small: Setup) -> None:
     small.chat.reattach("img1")
     (reply,) = fill(small, 1)
     assert small.chat.marks.form(small.chat.images[0]) == "whole"
-    assert {change.what for change in reply.degraded} == {"img3", "turn 2", "turn 3"}
+    assert {change.what for change in reply.degraded} == {"img2", "img3", "turn 2", "turn 3"}
 
 
 def test_a_pinned_picture_is_not_degraded(small: Setup) -> None:

@@ -92,11 +92,14 @@ def describe_usage(usage: Usage) -> str:
 
 
 def describe_changes(changes: Sequence[Change]) -> str:
-    """ "img1, img2: sent without cells; turns 1, 2: not sent any more"; "" for none."""
+    """ "img3: sent without cells; turns 1, 2 with img1, img2: not sent any more"; "" for none."""
     told = []
     for form, words in _CHANGES.items():
         names = [change.what for change in changes if change.form == form]
-        told += [f"{', '.join(names)}: {words}".replace(", turn ", ", ")] if names else []
+        numbers = [name.removeprefix("turn ") for name in names if name.startswith("turn ")]
+        images = [name for name in names if not name.startswith("turn ")]
+        turns = [f"turn{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"] if numbers else []
+        told += [f"{' with '.join([*turns, *([', '.join(images)] if images else [])])}: {words}"] if names else []
     return "; ".join(told)
 
 
@@ -139,4 +142,5 @@ def reply_to_json(reply: Reply) -> dict[str, Any]:
         "stop_reason": reply.stop_reason,
         "usage": reply.usage.to_dict(),
         "degraded": [asdict(change) for change in reply.degraded],
+        "unseen": list(reply.plan.unseen),
     }
