@@ -55,16 +55,21 @@ def to_markdown(record: SavedRecord, files: Mapping[str, str]) -> str:
     """files: where pictures lie, by their id."""
     lines = ["# Conversation", ""]
     if record.settings.system:
-        lines += [f"*{record.settings.system}*", ""]
+        lines += [f"*{_plain(record.settings.system)}*", ""]
     for turn in record.turns:
         for part in turn.parts:
             if isinstance(part, str):
-                lines += [f"**{part}**", ""]
+                lines += [*(f"> {line}".rstrip() for line in _plain(part).split("\n")), ""]
             else:
                 where = f"({quote(files[part.id])})" if part.id in files else ""
-                lines += [f"{'!' if where else ''}[{_no_brackets(caption(part))}]{where}", ""]
-        lines += [turn.text, ""]
+                lines += [f"{'!' if where else ''}[{_plain(_no_brackets(caption(part)))}]{where}", ""]
+        lines += [_plain(turn.text), ""]
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text whose Markdown stays, without HTML, pictures from elsewhere or commands to a terminal."""
+    return html.escape(visible(text), quote=False).replace("&gt;", ">").replace("![", "!\\[")
 
 
 def caption(image: SavedImage) -> str:

@@ -194,6 +194,16 @@ def test_pictures_lie_beside(tmp_path: Path, suffix: str) -> None:
         assert shown["turns"][1]["usage"] == {"n_new": 1}
 
 
+def test_markdown_of_others_brings_no_html_no_pictures_and_no_commands(tmp_path: Path) -> None:
+    nasty = "**a\x1b]0;owned\x07\n\n<img src=http://x/t.png onerror=1> ![p](http://x/y.png) & so"
+    export(record(turn(nasty, text=nasty), system=nasty), file_of, tmp_path / "talk.md")
+    text = (tmp_path / "talk.md").read_text()
+    assert not {found for found in ("\x1b", "<img", "![") if found in text}
+    assert text.count("&lt;img src=http://x/t.png onerror=1> !\\[p](http://x/y.png) &amp; so") == 3
+    question = [line for line in text.splitlines() if line.startswith(">")]
+    assert len(question) == 3  # the blank line too: the question ends where the quotation does
+
+
 def test_a_conversation_without_pictures_needs_no_folder(tmp_path: Path) -> None:
     assert export(record(turn("What?")), file_of, tmp_path / "talk.md") == []
     assert [path.name for path in tmp_path.iterdir()] == ["talk.md"]
