@@ -119,6 +119,11 @@ def test_a_copy_goes_on_elsewhere(red: Path, tmp_path: Path) -> None:
     mmchat_command("chat", "--resume", first, "--save", second, "--save-pictures", "jpeg", stdin=BACKGROUND)
     assert first.read_bytes() == before
     assert Bundle(tmp_path / "copy").record == Bundle(first).record
+    without, copy = tmp_path / "without", tmp_path / "copy of it"
+    options = ("--save", without, "--save-pictures", "none", "--save-embeddings")
+    mmchat_command("chat", red, *options, stdin=f"{CIRCLE}\n/save {copy}\n")
+    for file in (without, copy):
+        assert (Bundle(file).pictures, len(Bundle(file).keys) > 0) == ({}, True)
     assert len(Bundle(second).record.turns) == 2
     (name,) = Bundle(second).pictures
     assert Bundle(second).picture(name).startswith(b"\xff\xd8")

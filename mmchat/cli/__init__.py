@@ -121,8 +121,11 @@ def chat(
         str | None, typer.Option(metavar="FILE", help="Keep the conversation in this new file, after every turn.")
     ] = None,
     save_pictures: Annotated[
-        str, typer.Option(metavar="FORM", help="How --save keeps pictures: original, reencoded, jpeg or none.")
+        str, typer.Option(metavar="FORM", help="How --save and /save keep pictures: original, reencoded, jpeg or none.")
     ] = "original",
+    save_embeddings: Annotated[
+        bool, typer.Option("--save-embeddings", help="Keep the embeddings too: nothing is encoded again elsewhere.")
+    ] = False,
 ) -> None:
     """Chat over many turns; /help lists the commands.
 
@@ -136,7 +139,7 @@ def chat(
             options.Opening(model, engine, store, context, threads),
             options.Talk(system, max_slices, reference_pixels, stats, as_json, policy),
             options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop),
-            options.Keeping(resume, save, save_pictures),
+            options.Keeping(resume, save, save_pictures, save_embeddings),
         )
 
 

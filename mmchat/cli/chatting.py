@@ -81,7 +81,7 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
         )
     attached: list[Path] = [_readable(picture) for picture in pictures]
     with _open(opening) as runtime:
-        repl = _Repl(runtime, talk, _begin(runtime, talk, sampling, keeping), attached)
+        repl = _Repl(runtime, talk, _begin(runtime, talk, sampling, keeping), attached, keeping)
         if sys.stdin.isatty():
             _converse(repl)
         else:
@@ -106,7 +106,7 @@ def _begin(runtime: Runtime, talk: Talk, sampling: dict[str, Any], keeping: Keep
     else:
         session = _session(runtime, talk, sampling)
     if save is not None:
-        session.autosave(save, images=keeping.pictures)
+        session.autosave(save, images=keeping.pictures, embeddings=keeping.embeddings)
     return session
 
 
@@ -129,9 +129,9 @@ def _converse(repl: _Repl) -> None:
 class _Repl:
     """handle(line) does what a line says; False where it says to leave."""
 
-    def __init__(self, runtime: Runtime, talk: Talk, session: Session, attached: list[Path]) -> None:
+    def __init__(self, runtime: Runtime, talk: Talk, session: Session, attached: list[Path], keeping: Keeping) -> None:
         self._runtime, self._attached = runtime, attached
-        self._talk = talk
+        self._talk, self._keeping = talk, keeping
         self._sessions, self._at = [session], 0
         self.n_failed = 0
 
@@ -204,6 +204,9 @@ class _Repl:
     def _pin(self, rest: str) -> None:
         self._session.pin(_picture_or_turn("/pin", rest))
         say(f"{rest} stays as it is when the context is full")
+        name = rest.strip().removeprefix("@")
+        if name in {image.id for image in self._session.images} - set(self._session.numbers):
+            say(f"but the model does not see {name} as things are: /reattach {name} brings it back")
 
     def _unpin(self, rest: str) -> None:
         self._session.unpin(_picture_or_turn("/unpin", rest))
@@ -244,7 +247,7 @@ class _Repl:
         branch, saved_to = self._session.branch(at), self._session.saved_to
         if saved_to is not None:
             saved_to = _free_name(saved_to)
-            branch.autosave(saved_to, images=self._session.saved_form)
+            branch.autosave(saved_to, images=self._session.saved_form, embeddings=self._keeping.embeddings)
             say(f"it is saved to {printable(saved_to)}")
         self._sessions.append(branch)
         self._at = len(self._sessions) - 1
@@ -269,7 +272,9 @@ class _Repl:
             for missing in export(self._session.saved(), lambda image: read[image.id](), path):
                 say(missing)
         else:
-            self._session.save(path)
+            session = self._session
+            form = session.saved_form if session.saved_to else self._keeping.pictures
+            session.save(path, images=form, embeddings=self._keeping.embeddings)
         say(f"saved {len(self._session.turns)} turn(s) to {rest}")
 
     def _stats(self, rest: str) -> None:
@@ -392,8 +397,12 @@ def _show(reply: Reply, runtime: Runtime, talk: Talk) -> None:
             say("stopped")
         if reply.degraded:
             say(f"the context is full; {describe_changes(reply.degraded)}")
+        known = {image.id for image in reply.plan.images}
         for name in reply.plan.unseen:
-            say(f"the model does not see {name}: /images lists what it does, /reattach brings a picture back")
+            if name in known:
+                say(f"the model does not see {name}: /images lists what it does, /reattach brings a picture back")
+            else:
+                say(f"there is no {name} in this conversation, and the question was sent as it stands: see /images")
     if reply.usage.restarts:
         say(f"a worker died and was replaced {reply.usage.restarts} time(s); nothing was lost")
     if talk.stats:

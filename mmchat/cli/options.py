@@ -92,11 +92,12 @@ def policy(steps: str | None) -> Policy:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Files of a chat: one to go on with, a new one to save to, and how pictures are kept there."""
+    """Files of a chat: one to go on with, a new one to save to, how pictures are kept, and whether embeddings are."""
 
     resume: str | None = None
     save: str | None = None
     pictures: str = "original"
+    embeddings: bool = False
 
 
 def sampling(
