@@ -24,7 +24,7 @@ from PIL import Image
 import mmchat
 from mmchat.cli import main
 from mmchat.cli.chatting import _Repl
-from mmchat.cli.options import Talk
+from mmchat.cli.options import Keeping, Talk
 from tests.test_demo import BACKGROUND, CIRCLE, DESCRIBE, picture
 
 MMCHAT = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from mmchat.cli import main; main()"]
@@ -565,7 +565,7 @@ def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(line: str, capsys:
         undo = ask
 
     session: Any = Interrupted()
-    repl = _Repl(session, Talk(None, None, False, False, False), session, [])
+    repl = _Repl(session, Talk(None, None, False, False, False), session, [], Keeping())
     try:
         assert repl.handle(line)
     except KeyboardInterrupt:  # which would end the test run as well
