@@ -20,10 +20,10 @@ from pathlib import Path
 from mmchat import half_made
 from mmchat.checkpoint import Checkpoint
 from mmchat.doctor_npu import examine_encoder, examine_npu
-from mmchat.errors import ModelDirError
+from mmchat.errors import ModelDirError, StoreError
 from mmchat.model_dir import BOARD_FILE, ModelSpec, model_folder, open_model
 from mmchat.patient import NPU_SOCS, Finding, Patient, Process, gigabytes, numbers
-from mmchat.store import DEFAULT_CAP_BYTES, default_folders
+from mmchat.store import default_cap, default_folders
 
 _PYTHON_FROM, _PYTHON_BELOW = (3, 10), (3, 13)
 _OPENVINO_FROM = (2025, 2)
@@ -138,7 +138,12 @@ def _store(patient: Patient) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("disk", "unknown", f"{usable[0]}: {error.strerror or error}", f"look with: df -h {usable[0]}")
         return
-    what, cap = f"{gigabytes(free)} free for the store in {usable[0]}", DEFAULT_CAP_BYTES
+    try:
+        cap = default_cap(patient.environ)
+    except StoreError as error:
+        yield Finding("disk", "problem", str(error), "export MMCHAT_STORE_CAP=2G, or unset it")
+        return
+    what = f"{gigabytes(free)} free for the store in {usable[0]}"
     cure = "remove files there, or move the store to a larger disk: export MMCHAT_STORE=DIR"
     if free < _DISK_NEEDED_BYTES:
         yield Finding("disk", "problem", what, cure)

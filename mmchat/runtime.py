@@ -19,7 +19,7 @@ from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.saving import Restored
 from mmchat.session import Session
-from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
+from mmchat.store import Store, default_cap, open_store
 from mmchat.vision_proc import VisionClient
 from mmchat.worker import Exclusive
 
@@ -136,7 +136,7 @@ def open(
     *,
     engine: str = "auto",
     store: str | Path | None = None,
-    store_cap_bytes: int = DEFAULT_CAP_BYTES,
+    store_cap_bytes: int | None = None,
     context_rows: int | None = None,
     n_threads: int | None = None,
 ) -> Runtime:
@@ -149,6 +149,7 @@ def open(
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
         neither can be written.  Where that is full or read-only, embeddings are kept in memory (mmchat.store says
         how), and a warning says so.
+    store_cap_bytes: that the store may take, least recently used first out; None is $MMCHAT_STORE_CAP, else 2 GiB.
     context_rows: a smaller context than the model has.  n_threads: CPU threads; None is OpenVINO's choice.
 
     Raises ModelDirError, StoreError (there can be no such folder as the store that was named).
@@ -166,7 +167,8 @@ def open(
     if limit > spec.context_rows:
         raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
     rkllm = _rkllm(spec) if spec.board else None
-    kept = open_store(store, store_cap_bytes, os.environ)
+    cap_bytes = default_cap(os.environ) if store_cap_bytes is None else store_cap_bytes
+    kept = open_store(store, cap_bytes, os.environ)
     runtime = Runtime(spec, kept, context_rows=limit, n_threads=n_threads, rkllm=rkllm)
     runtime.llm.worker.start()
     return runtime

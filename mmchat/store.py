@@ -68,6 +68,20 @@ def default_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
     return Path(cache) / "mmchat" / "embeddings", temporary / "embeddings"
 
 
+def default_cap(environ: Mapping[str, str]) -> int:
+    """Bytes that a store may take unless a cap is given: $MMCHAT_STORE_CAP ("500M", "2G", bytes), else 2 GiB.
+
+    Raises StoreError: it is no such size.
+    """
+    named = environ.get("MMCHAT_STORE_CAP")
+    if not named:
+        return DEFAULT_CAP_BYTES
+    found = re.fullmatch(r"(\d{1,12})([KMGT]?)(?:i?B)?", named.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise StoreError(f"MMCHAT_STORE_CAP is {named!r}; it must be a size like 500M or 2G")
+    return int(found[1]) << (10 * " KMGT".index(found[2].upper() or " "))
+
+
 def spare_folder() -> Path:
     """Where embeddings go that a full or read-only folder cannot take: in memory where there is room."""
     places = [Path(place) for place in ("/dev/shm", tempfile.gettempdir()) if os.access(place, os.W_OK | os.X_OK)]

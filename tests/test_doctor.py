@@ -523,6 +523,12 @@ def test_disk(pc: Machine, free: int, status: str) -> None:
     assert pc.examine()["disk"].status == status
 
 
+def test_a_cap_of_the_store_that_is_none(pc: Machine) -> None:
+    pc.environ["MMCHAT_STORE_CAP"] = "much"
+    finding = pc.examine()["disk"]
+    assert (finding.status, "MMCHAT_STORE_CAP is 'much'" in finding.what) == ("problem", True)
+
+
 def test_disk_that_is_not_told(pc: Machine) -> None:
     def fail(path: Path) -> int:
         raise PermissionError(13, "Permission denied")

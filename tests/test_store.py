@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from mmchat.errors import StoreError
-from mmchat.store import Store, StoreInfo, Verified, open_store, slice_key, spare_folder
+from mmchat.store import Store, StoreInfo, Verified, default_cap, open_store, slice_key, spare_folder
 from tests.test_cli import run_here
 
 HEADER_BYTES = 64
@@ -61,6 +61,31 @@ def in_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
+
+
+# --- cap ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (None, 2 << 30),
+        ("", 2 << 30),
+        ("500M", 500 << 20),
+        ("2g", 2 << 30),
+        ("3GiB", 3 << 30),
+        (" 70000 ", 70000),
+        ("9kb", 9216),
+    ],
+)
+def test_the_cap_may_be_named(given: str | None, size: int) -> None:
+    assert default_cap({} if given is None else {"MMCHAT_STORE_CAP": given}) == size
+
+
+@pytest.mark.parametrize("given", ["much", "0", "0G", "-5M", "2.5G", "5X", "1e9", "9" * 40])
+def test_a_cap_that_is_none(given: str) -> None:
+    with pytest.raises(StoreError, match="a size like 500M"):
+        default_cap({"MMCHAT_STORE_CAP": given})
 
 
 # --- keys -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from mmchat.errors import RegressError
 from mmchat.profile import state_folder
 from mmchat.regress import report, talk
 from mmchat.regress.talk import STORE_BYTES
-from mmchat.store import DEFAULT_CAP_BYTES
 
 if TYPE_CHECKING:
     from mmchat.regress.hunt import Outcome
@@ -77,7 +76,7 @@ def _run(opening: Opening, wanted: Wanted, talks: tuple[talk.Talk, ...]) -> Outc
             opening.model,
             engine=opening.engine,
             store=opening.store or folder,  # an empty one: pictures are to be encoded
-            store_cap_bytes=DEFAULT_CAP_BYTES if opening.store else STORE_BYTES,
+            store_cap_bytes=None if opening.store else STORE_BYTES,
             context_rows=opening.context,
             n_threads=opening.threads,
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import typer
 
 from mmchat.outputs import describe_bytes
-from mmchat.store import DEFAULT_CAP_BYTES, Store, open_store
+from mmchat.store import Store, default_cap, open_store
 
 
 def info(folder: str | None, as_json: bool) -> None:
@@ -59,7 +59,7 @@ def clear(folder: str | None, as_json: bool) -> None:
 
 
 def _open(folder: str | None) -> Store:
-    return open_store(folder, DEFAULT_CAP_BYTES, os.environ)
+    return open_store(folder, default_cap(os.environ), os.environ)
 
 
 def _spare(store: Store) -> Store | None:
