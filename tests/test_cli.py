@@ -371,7 +371,7 @@ def test_chat_about_what_is_sent(red: Path, green: Path) -> None:
         assert f"mmchat: {told}" in said
     assert any("the context is full; img1" in line and "sent without cells" in line for line in said)
     assert shown[-1].startswith("time ")
-    assert "measured in this session" in shown[-1]
+    assert "measured in this run" in shown[-1]
     assert any(line.startswith("pictures  img1 ") for line in shown[-6:])
 
 
