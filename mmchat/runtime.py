@@ -179,6 +179,11 @@ def open(
     return runtime
 
 
+def outlook(spec: ModelSpec, context_rows: int) -> Outlook:
+    """What sessions on a model begin with, without opening it.  Raises ModelDirError: there is no library (board)."""
+    return _outlook(spec, Profile.open(spec, find_library(spec)) if spec.board else None, context_rows, None)
+
+
 def find_library(spec: ModelSpec) -> Path:
     """RKLLM's library.  Raises ModelDirError where there is none."""
     named = os.environ.get("MMCHAT_RKLLM_LIB")
