@@ -1,24 +1,29 @@
 """What a turn will send and cost, said before it runs: the Plan, and what is known of an engine to make one.
 
 Seconds come from speeds, and every plan says where those are from: measured by `mmchat calibrate` on this very board,
-or in this session, or published for an RK3588 and not measured here.  Where nothing is known, nothing is said.
+or since the model was opened, or earlier in a conversation that was held with the same engine and model, or published
+for an RK3588 and not measured here.  Where nothing is known, nothing is said.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mmchat.context import Change, Conversation, Fitted, mentions, told
+from mmchat.context import Change, Conversation, Counter, Fitted, Policy, fit, mentions, told
 from mmchat.embedding import RowKey, choose_cache, common_prefix, row_keys
-from mmchat.engine import Piece
+from mmchat.engine import Piece, check_fits
+from mmchat.prompt import Prompt
 from mmchat.record import Form, Marks, Usage, images_in
 
 # airockchip/rknn-llm, benchmark.md of 1.2.3 and 1.3.0: MiniCPM-V-2.6, w8a8, highest fixed frequencies, three NPU
 # cores.  A first token after 826 ms for 64 rows; long prompts take longer per row, by how much is not published.
 PUBLISHED_RK3588 = {"encode": 3.27, "prefill": 0.826 / 64, "generate": 1 / 4.18}
 _PUBLISHED = "published for RK3588, not measured here"
+_MEASURED, _BEFORE = "measured in this run", "measured in this conversation before"
+_MOST_S, _MOST_DONE = 1e9, 1e12  # beyond that a saved conversation says what nobody measured
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,21 @@ Work = Literal["encode", "prefill", "generate"]
 Speeds = Mapping[Work, Speed]
 
 
-def measured(usage: Usage) -> Speeds:
-    """From what a session has spent so far."""
+def measured(usage: Usage, source: str = _MEASURED) -> Speeds:
+    """From what answers took."""
     spent: tuple[tuple[Work, float, int], ...] = (
         ("encode", usage.encode_s, usage.slices_encoded),
         ("prefill", usage.prefill_s, usage.n_prefilled),
         ("generate", usage.generate_s, usage.n_new),
     )
-    return {work: Speed(seconds / n, "measured in this session") for work, seconds, n in spent if seconds and n}
+    return {
+        work: Speed(seconds / n, source) for work, seconds, n in spent if 0 < seconds < _MOST_S and 0 < n < _MOST_DONE
+    }
+
+
+def measured_before(usages: Iterable[Usage]) -> Speeds:
+    """From what answers of a saved conversation took, with the same engine and model."""
+    return measured(sum(usages, Usage()), _BEFORE)
 
 
 def of_board(
@@ -168,6 +180,7 @@ class Outlook:
     n_caches: KV caches that it has at most.
     longest: rows of the longest prompt that is known to be safe; None where none crashed.
     speeds: of this board, where they were measured; published: whether it is one that speeds were published for.
+    made_by: a name that engine, model and machine share with no others; "" where there is none.
     """
 
     def __init__(
@@ -179,9 +192,12 @@ class Outlook:
         longest: Callable[[], int | None] = lambda: None,
         speeds: Callable[[], Speeds] = dict,
         published: bool = False,
+        made_by: Callable[[], str] = lambda: "",
     ) -> None:
         self._strategy, self._rewinds, self._longest = strategy, rewinds, longest
-        self._speeds, self._published = speeds, published
+        self._speeds, self._published, self._made_by = speeds, published, made_by
+        self._spent = Usage()
+        self._spending = threading.Lock()  # several sessions end their answers in several threads
         self._n_caches = n_caches
         self._held: list[list[RowKey]] = [[]]  # in each cache, the least recently used first
         self._asked = self._held
@@ -191,9 +207,27 @@ class Outlook:
         """With "append" a prompt is sent in parts, so a long one was not one long run."""
         return None if self._strategy() == "append" else self._longest()
 
-    def speeds(self, own: Speeds) -> Speeds:
-        """own: what a session has measured."""
-        return {**(published() if self._published else {}), **own, **self._speeds()}
+    def spend(self, usage: Usage) -> None:
+        """An answer took this, whatever became of it; from any thread."""
+        with self._spending:
+            self._spent += usage
+
+    def speeds(self, before: Speeds) -> Speeds:
+        """before: what the record of a conversation says."""
+        return {**(published() if self._published else {}), **before, **measured(self._spent), **self._speeds()}
+
+    def note(self, n_foreign: int) -> dict[str, Any]:
+        """For a saved conversation: all its turns but the first so many were measured here."""
+        made_by = self._made_by()
+        return {"measured": {"by": made_by, "after": n_foreign}} if made_by else {}
+
+    def n_foreign(self, state: Mapping[str, Any], n_turns: int) -> int:
+        """Of a saved conversation's turns, how many (the first ones) were measured elsewhere, or who knows where."""
+        noted, made_by = state.get("measured"), self._made_by()
+        if not made_by or not isinstance(noted, Mapping) or noted.get("by") != made_by:
+            return n_turns
+        after = noted.get("after")
+        return after if type(after) is int and 0 <= after < n_turns else n_turns
 
     def reused(self, pieces: Sequence[Piece]) -> int:
         """Rows of a prompt that the engine should find in its cache."""
@@ -218,3 +252,38 @@ class Outlook:
     def lost(self) -> None:
         """Nobody knows what the engine holds: the one that the request was sent to is gone."""
         self._held = self._asked = [[]]
+
+
+def plan_prompt(
+    conversation: Conversation,
+    marks: Marks,
+    counter: Counter,
+    render: Callable[[Marks], Prompt],
+    outlook: Outlook,
+    *,
+    cap: int,
+    max_new_tokens: int,
+    policy: Policy,
+    slices_new: Callable[[Prompt], int],
+    before: Speeds,
+) -> tuple[Plan, Prompt]:
+    """What is sent of a conversation, and its plan.
+
+    render: the conversation's prompt under marks.  slices_new: of a prompt, the encoder inputs still to be encoded.
+    before: see Outlook.speeds.  The rest is fit's.
+
+    Raises ContextFull.
+    """
+    fitted = fit(
+        conversation,
+        marks,
+        counter,
+        cap=cap,
+        max_new_tokens=max_new_tokens,
+        policy=policy,
+        longest=outlook.longest,
+    )
+    prompt = render(fitted.marks)
+    check_fits(prompt.n_rows, max_new_tokens, cap)
+    reused, speeds = outlook.reused(prompt.pieces), outlook.speeds(before)
+    return make_plan(conversation, fitted, max_new_tokens, cap, reused, slices_new(prompt), speeds), prompt

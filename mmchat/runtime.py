@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mmchat.board_files import file_mark
 from mmchat.bundle import Bundle
 from mmchat.context import Policy
 from mmchat.engine import Engine
@@ -24,6 +28,7 @@ from mmchat.vision_proc import VisionClient
 from mmchat.worker import Exclusive
 
 ENGINES = ("auto", "openvino", "rkllm")
+_WEIGHTS = (".safetensors", ".bin", ".rkllm", ".rknn")
 
 
 class Runtime:
@@ -40,7 +45,7 @@ class Runtime:
         self.vision = open_vision(spec, store, n_threads=n_threads, npu=rkllm.npu if rkllm else None)
         self.parallel = not (rkllm and rkllm.npu)  # whether encoder and LLM may work at the same time
         self.rkllm = rkllm  # None with another engine
-        self._outlook = _outlook(rkllm.profile) if rkllm else Outlook(n_caches=cpu_caches(spec.llm, context_rows))
+        self._outlook = _outlook(spec, rkllm.profile if rkllm else None, context_rows, n_threads)
 
     @property
     def strategy(self) -> str:
@@ -103,7 +108,9 @@ class Runtime:
         """
         bundle = Bundle(path, write=autosave)
         restored = Restored(bundle, self.spec, self.tokenizer, self.store)
-        session = self._session(**restored.options)
+        n_turns = len(restored.turns)
+        n_foreign = n_turns if bundle.damaged else self._outlook.n_foreign(bundle.record.state, n_turns)
+        session = self._session(**restored.options, n_foreign=n_foreign)
         if autosave:
             session.resume(bundle, restored)
         return session
@@ -174,6 +181,11 @@ def open(
     return runtime
 
 
+def outlook(spec: ModelSpec, context_rows: int) -> Outlook:
+    """What sessions on a model begin with, without opening it.  Raises ModelDirError: there is no library (board)."""
+    return _outlook(spec, Profile.open(spec, find_library(spec)) if spec.board else None, context_rows, None)
+
+
 def find_library(spec: ModelSpec) -> Path:
     """RKLLM's library.  Raises ModelDirError where there is none."""
     named = os.environ.get("MMCHAT_RKLLM_LIB")
@@ -210,11 +222,32 @@ def _rkllm(spec: ModelSpec) -> Rkllm:
     )
 
 
-def _outlook(profile: Profile) -> Outlook:
+def _outlook(spec: ModelSpec, profile: Profile | None, context_rows: int, n_threads: int | None) -> Outlook:
+    """profile: of a board's library."""
+    made_by = _made_by(spec, profile.key if profile else "", n_threads)
+    if profile is None:
+        return Outlook(n_caches=cpu_caches(spec.llm, context_rows), made_by=made_by)
     return Outlook(
         lambda: profile.strategy,
         rewinds=lambda: profile.rewinds,
         longest=lambda: None if profile.chunks else profile.safe_rows,
         speeds=lambda: of_board(profile.encode_s_per_slice, profile.prefill_rows_per_s, profile.decode_tokens_per_s),
         published=True,
+        made_by=made_by,
     )
+
+
+def _made_by(spec: ModelSpec, library: str, n_threads: int | None) -> Callable[[], str]:
+    """A digest of what speeds depend on, when it is first asked for; "" where the files cannot be read."""
+
+    @cache
+    def digest() -> str:
+        try:
+            weights = sorted(path for path in spec.folder.iterdir() if path.suffix in _WEIGHTS)
+            marks = [f"{path.name} {file_mark(path)}" for path in weights]
+        except OSError:
+            return ""
+        parts = [platform.node(), platform.machine(), os.cpu_count(), n_threads, library, *marks]
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+
+    return digest

@@ -31,11 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
-from mmchat.context import Change, Conversation, Policy, fit
+from mmchat.context import Change, Conversation, Policy
 from mmchat.decoding import ids_of_text
-from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision, check_fits
+from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision
 from mmchat.errors import EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
-from mmchat.forecast import Outlook, Plan, make_plan, measured
+from mmchat.forecast import Outlook, Plan, measured_before, plan_prompt
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
@@ -75,11 +75,14 @@ class Session:
         turns: Sequence[Turn] = (),
         marks: Marks | None = None,
         notes: Sequence[str] = (),
+        n_foreign: int | None = None,
         outlook: Outlook | None = None,
     ) -> None:
         """See Runtime.session.
 
-        turns, marks, notes: a record to go on from.  outlook: what is known of the engine, shared by all its sessions.
+        turns, marks, notes: a record to go on from.  n_foreign: how many of these turns, the first ones, another
+        engine or model has answered, so that they do not say how fast this one is; None: all.
+        outlook: what is known of the engine, shared by all its sessions.
         """
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
@@ -96,7 +99,8 @@ class Session:
         self._counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=self.use_image_id)
         self._turns: tuple[Turn, ...] = tuple(turns)
         self._marks = (marks or Marks()).of(self._turns)
-        self._spent = Usage()  # in this session, by whatever became of it
+        self._n_foreign = len(self._turns) if n_foreign is None else n_foreign
+        self._speeds_before = measured_before(turn.usage for turn in self._turns[self._n_foreign :])
         self._running = threading.Lock()
         self._journal: Journal | None = None
         self._keeper: Keeper | None = None
@@ -194,6 +198,7 @@ class Session:
                 raise SessionError(f"cannot take back {n} turn(s): the conversation has {len(self._turns)}")
             taken = self._turns[-n:]
             self._turns = self._turns[:-n]
+            self._n_foreign = min(self._n_foreign, len(self._turns))
             self._marks = self._marks.of(self._turns)
             return list(taken)
 
@@ -207,7 +212,7 @@ class Session:
         if not 0 <= at <= len(self._turns):
             raise SessionError(f"cannot branch after turn {at}: the conversation has {len(self._turns)}")
         turns = self._turns[:at]
-        other = Session(
+        return Session(
             self._spec,
             self._tokenizer,
             self._store,
@@ -221,10 +226,9 @@ class Session:
             sampling=self.sampling,
             turns=turns,
             marks=self._marks.of(turns),
+            n_foreign=min(self._n_foreign, at),
             outlook=self._outlook,
         )
-        other._spent = self._spent
-        return other
 
     def pin(self, what: str | ImageHandle | int) -> None:
         """Keep a picture ("img2" or its handle), or a turn (its number), as it is now when the conversation is trimmed.
@@ -352,7 +356,8 @@ class Session:
             keeper.form,
             keeper.embeddings,
         )
-        return SavedRecord(settings, model, keeper.turns(turns), saved_state(marks))
+        state = {**saved_state(marks), **self._outlook.note(self._n_foreign)}
+        return SavedRecord(settings, model, keeper.turns(turns), state)
 
     def _autosave(self) -> None:
         if self._journal is None or self._keeper is None:
@@ -498,22 +503,19 @@ class Session:
     ) -> tuple[Plan, Prompt]:
         """Raises ContextFull."""
         conversation = Conversation(self._system, turns, question)
-        cap, max_new_tokens = self._engine.context_rows, sampling.max_new_tokens
-        fitted = fit(
+        missing = {key for image in images_in(question) for key in image.keys if not self._store.peek(key)}
+        return plan_prompt(
             conversation,
             marks,
             self._counter,
-            cap=cap,
-            max_new_tokens=max_new_tokens,
+            lambda marks: self._render(conversation, marks),
+            self._outlook,
+            cap=self._engine.context_rows,
+            max_new_tokens=sampling.max_new_tokens,
             policy=self.policy,
-            longest=self._outlook.longest,
+            slices_new=lambda prompt: len(missing),
+            before=self._speeds_before,
         )
-        prompt = self._render(conversation, fitted.marks)
-        check_fits(prompt.n_rows, max_new_tokens, cap)
-        missing = {key for image in images_in(question) for key in image.keys if not self._store.peek(key)}
-        reused = self._outlook.reused(prompt.pieces)
-        speeds = self._outlook.speeds(measured(self._spent))
-        return make_plan(conversation, fitted, max_new_tokens, cap, reused, len(missing), speeds), prompt
 
     # Running
 
@@ -558,12 +560,13 @@ class Session:
         finally:
             reply.finish(started, done)
             usage = reply.usage_so_far
-            self._spent += usage
+            self._outlook.spend(usage)
             if not failed and (reply.text_so_far or (done is not None and done.reason != "cancelled")):
                 ids = self._spelled(shown, reply.text_so_far) if done is None else done.ids
                 assert reply.plan_so_far is not None
                 self._turns = (*turns, Turn(question, reply.text_so_far, ids, reply.reason_so_far, usage))
                 self._marks = reply.plan_so_far.marks
+                self._n_foreign = min(self._n_foreign, len(turns))
 
     def _spelled(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         """The tokens of exactly the text that was shown: more may have been generated, or held back."""

@@ -25,6 +25,8 @@ import mmchat
 from mmchat.cli import main
 from mmchat.cli.chatting import _Repl
 from mmchat.cli.options import Keeping, Talk
+from mmchat.model_dir import model_folder, open_model
+from mmchat.prompt import ChatTokenizer
 from tests.test_demo import BACKGROUND, CIRCLE, DESCRIBE, picture
 
 MMCHAT = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from mmchat.cli import main; main()"]
@@ -371,7 +373,7 @@ def test_chat_about_what_is_sent(red: Path, green: Path) -> None:
         assert f"mmchat: {told}" in said
     assert any("the context is full; img1" in line and "sent without cells" in line for line in said)
     assert shown[-1].startswith("time ")
-    assert "measured in this session" in shown[-1]
+    assert "measured in this run" in shown[-1]
     assert any(line.startswith("pictures  img1 ") for line in shown[-6:])
 
 
@@ -660,18 +662,69 @@ def test_prompt_tells_what_would_be_degraded() -> None:
     common = ["prompt", "-", "--model", "demo", "--context", "600", "--max-new-tokens", "50"]
     code, out, _ = run_here(*common, "--json", stdin=talk(3))
     assert code == 0
-    plan = json.loads(out)["plan"]
+    shown = json.loads(out)
+    plan, spans = shown["plan"], shown["image_spans"]
     assert [(change["what"], change["form"]) for change in plan["degraded"]] == [("img1", "overview")]
     assert plan["rows"] + 50 <= plan["cap"] == 600
+    assert plan["rows"] == plan["rows_new"] == len(shown["ids"]) == shown["budget"]["rows"]
+    assert plan["slices_new"] == len(spans) == shown["n_vision_inputs"] == 1 + 10 + 10
+    unk = ChatTokenizer(open_model("demo").tokenizer_path).special["<unk>"]
+    assert all(set(shown["ids"][start:end]) == {unk} for start, end in spans)
     assert plan["seconds"]["first_token"] is None
     code, out, _ = run_here(*common, stdin=talk(3))
     assert "degraded  img1: sent without cells" in out
+    assert f"vision inputs   {len(spans)}\n" in out
+    assert f"ids             {' '.join(map(str, shown['ids']))}\n" in out
     code, out, _ = run_here(*common, "--policy", "error", stdin=talk(4))
     assert (code, "does not fit" in out) == (0, True)
     assert 'another policy than "error"' in out
+    assert "ids " not in out
+    nothing = json.loads(run_here(*common, "--policy", "error", "--json", stdin=talk(4))[1])
+    assert (nothing["ids"], nothing["image_spans"], nothing["n_vision_inputs"]) == ([], [], 0)
+    assert nothing["budget"]["left"] < 0
+    assert 'another policy than "error"' in nothing["plan"]["error"]
     assert "policy is" in refused(*common, "--policy", "cells", stdin=talk(3), code=2)
     in_no_turns = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     assert json.loads(run_here(*common, "--json", stdin=json.dumps(in_no_turns))[1])["plan"] is None
+    picture_said = [*HELLO["messages"], {"role": "assistant", "content": PICTURE["messages"][0]["content"]}] * 2
+    assert json.loads(run_here(*common, "--json", stdin=json.dumps({"messages": picture_said[:-1]}))[1])["plan"] is None
+
+
+def test_prompt_prints_the_rows_of_names_as_they_are_sent() -> None:
+    named, sent = talk(2), talk(2).replace("@img", "image ")
+    shown = json.loads(run_here("prompt", "-", "--model", "demo", "--json", stdin=named)[1])
+    assert shown == json.loads(run_here("prompt", "-", "--model", "demo", "--json", stdin=sent)[1])
+    assert shown["plan"]["rows"] == len(shown["ids"])
+    tokenizer = model_folder("demo") / "tokenizer.json"
+    plain = json.loads(run_here("prompt", "-", "--tokenizer", tokenizer, "--json", stdin=named)[1])
+    assert set(plain) == {"ids", "image_spans", "n_vision_inputs"}
+    assert len(plain["ids"]) != len(shown["ids"])  # the text as it is
+
+
+def test_prompt_plans_as_a_session_on_the_board_would(open_board: Any, board: Any) -> None:
+    folder = board("1.3.0")
+    speeds = {"prefill_rows_per_s": 1000.0, "decode_tokens_per_s": 10.0, "encode_s_per_slice": 0.5}
+    runtime = open_board(folder=folder, safe_rows=100, **speeds)
+    words = ["prompt", "-", "--model", folder, "--json"]
+    asked = [{"type": "image", "size": [97, 91]}, {"type": "text", "text": "What is it?"}]
+    code, out, err = run_here(*words, stdin=json.dumps({"messages": [{"role": "user", "content": asked}]}))
+    assert (code, err) == (0, "")
+    shown = json.loads(out)["plan"]
+    session = runtime.session()
+    plan = session.plan("What is it?", Image.effect_noise((97, 91), 60).convert("RGB"))
+    assert shown == json.loads(json.dumps(plan.to_dict()))
+    assert shown["seconds"]["sources"] == ["measured by mmchat calibrate"]
+    assert shown["seconds"]["prefill"] == pytest.approx(shown["rows"] / 1000)
+    long = [{"role": role, "content": "word " * 30} for role in ("user", "assistant", "user")]
+    text = json.dumps({"messages": long})
+    shown = json.loads(run_here(*words, stdin=text)[1])
+    assert (shown["plan"]["dropped"], len(shown["ids"]) <= 100) == ([1], True)
+    runtime.close()
+    (folder / "librkllmrt.so").unlink()
+    code, out, err = run_here(*words, stdin=text)
+    assert (code, json.loads(out)["plan"]["dropped"]) == (0, [])
+    assert "not measured here" in json.loads(out)["plan"]["seconds"]["sources"][0]
+    assert "no RKLLM library" in err
 
 
 BAD_CONVERSATIONS = {

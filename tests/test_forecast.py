@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from threading import Thread
 
 import pytest
 
 from mmchat.context import Conversation, Policy, fit
 from mmchat.engine import ImageRows, Tokens
-from mmchat.forecast import PUBLISHED_RK3588, Outlook, Speed, make_plan, measured, of_board, predict, published
+from mmchat.forecast import (
+    PUBLISHED_RK3588,
+    Outlook,
+    Speed,
+    make_plan,
+    measured,
+    measured_before,
+    of_board,
+    predict,
+    published,
+)
 from mmchat.record import Marks, Usage
 from tests.test_context import COUNTER, CUT, SYSTEM, make, picture
 
@@ -30,13 +41,45 @@ def test_what_is_not_known_is_not_said() -> None:
     assert nothing_to_encode.sources == ("a stopwatch",)
 
 
-def test_speeds_of_a_session_are_what_it_spent_per_piece_of_work() -> None:
+def test_speeds_are_what_was_spent_per_piece_of_work() -> None:
     usage = Usage(slices_encoded=4, encode_s=2.0, n_prefilled=100, prefill_s=1.0)
     assert measured(usage) == {
-        "encode": Speed(0.5, "measured in this session"),
-        "prefill": Speed(0.01, "measured in this session"),
+        "encode": Speed(0.5, "measured in this run"),
+        "prefill": Speed(0.01, "measured in this run"),
     }
     assert measured(Usage()) == {}
+    before = measured_before([usage, Usage(n_prefilled=100, prefill_s=2.0)])
+    assert before["prefill"] == Speed(0.015, "measured in this conversation before")
+    damaged = Usage(slices_encoded=1, encode_s=1e308, n_prefilled=int(1e308), prefill_s=1.0)
+    assert measured_before([damaged, damaged]) == {}
+
+
+def test_what_was_spent_serves_all_sessions_and_no_thread_loses_any() -> None:
+    outlook = Outlook(speeds=lambda: of_board(None, None, 4.0), published=True)
+    usage = Usage(n_prefilled=10, prefill_s=1.0, n_new=1, generate_s=9.0)
+
+    def spend() -> None:
+        for _ in range(50):
+            outlook.spend(usage)
+
+    threads = [Thread(target=spend) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (outlook._spent.n_prefilled, outlook._spent.prefill_s) == (2000, 200.0)
+    speeds = outlook.speeds({"prefill": SPEED, "encode": SPEED})
+    assert speeds["prefill"] == Speed(0.1, "measured in this run")
+    assert (speeds["encode"], speeds["generate"].source) == (SPEED, "measured by mmchat calibrate")
+
+
+def test_a_saved_conversation_says_whose_turns_were_measured() -> None:
+    mine, other, unknown = Outlook(made_by=lambda: "me"), Outlook(made_by=lambda: "you"), Outlook()
+    assert mine.n_foreign(mine.note(2), 5) == 2
+    assert mine.n_foreign(other.note(2), 5) == 5
+    assert (unknown.note(0), unknown.n_foreign({}, 5), unknown.n_foreign({"measured": {"by": ""}}, 5)) == ({}, 5, 5)
+    for noted in (None, 7, {}, {"by": "me"}, *({"by": "me", "after": after} for after in (-1, True, "0", 9))):
+        assert mine.n_foreign({"measured": noted}, 5) == 5
 
 
 def test_measured_speeds_go_before_published_ones_and_both_say_what_they_are() -> None:

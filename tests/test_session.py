@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from PIL import Image
 from mmchat.bundle import Bundle
 from mmchat.context import Policy
 from mmchat.embedding import common_prefix
-from mmchat.engine import Event, ImageRows, Piece, Restarted, Sampling, Token
+from mmchat.engine import Encoded, Event, ImageRows, Piece, Restarted, Sampling, Token
 from mmchat.errors import (
     BundleError,
     ContextFull,
@@ -38,6 +39,7 @@ from mmchat.forecast import Outlook
 from mmchat.model_dir import open_model
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Picture, Text, render
 from mmchat.record import ImageHandle, Marks, Turn, Usage
+from mmchat.runtime import Runtime
 from mmchat.saving import Restored
 from mmchat.session import Reply, Session
 from mmchat.slicing import SlicePlan
@@ -1066,15 +1068,54 @@ def test_a_branch_has_the_settings_and_goes_its_own_way(tmp_path: Path) -> None:
             setup.chat.branch(at=at)
 
 
-def test_a_plan_has_the_seconds_that_the_session_has_measured(setup: Setup) -> None:
+SPENT = Usage(slices_encoded=2, encode_s=1.0, n_prefilled=10, prefill_s=1.0, n_new=4, generate_s=1.0)
+
+
+def test_a_plan_has_the_seconds_that_any_session_of_the_engine_has_measured(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert setup.chat.plan("What?", PICTURES[0]).seconds.first_token is None
-    setup.chat._spent = Usage(slices_encoded=2, encode_s=1.0, n_prefilled=10, prefill_s=1.0, n_new=4, generate_s=1.0)
-    plan = setup.chat.plan("What?", PICTURES[0])
-    assert plan.slices_new == 1
-    assert plan.seconds.encode == 0.5
-    assert plan.seconds.prefill == pytest.approx(0.1 * plan.rows_new)
-    assert plan.seconds.token == 0.25
-    assert plan.seconds.sources == ("measured in this session",)
+    monkeypatch.setattr(Reply, "finish", lambda reply, started, done: reply.count(**SPENT.to_dict()))
+    monkeypatch.setattr(setup.vision, "encode", lambda *_: Encoded(0, 0.0, 0))
+    setup.ask("Yes.", "Is it?")
+    for session in (setup.another(), setup.chat.branch(0), setup.chat):
+        plan = session.plan("What?", PICTURES[0])
+        assert plan.slices_new == 1
+        assert plan.seconds.encode == 0.5
+        assert plan.seconds.prefill == pytest.approx(0.1 * plan.rows_new)
+        assert plan.seconds.token == 0.25
+        assert plan.seconds.sources == ("measured in this run",)
+
+
+def test_a_loaded_conversation_says_how_fast_it_was_where_it_was_the_same_model(tmp_path: Path) -> None:
+    """Runtimes whose workers never start: nothing has run on them."""
+    folder = tmp_path / "model"
+    shutil.copytree(SPEC.folder, folder)
+    store = Store(tmp_path / "store")
+
+    def runtime(n_threads: int = 1) -> Runtime:
+        return Runtime(open_model(folder), store, context_rows=2048, n_threads=n_threads)
+
+    turns = [Turn(("What?",), "That.", tuple(TOKENIZER.encode("That.")), "stop", SPENT)] * 2
+    runtime()._session(turns=turns, n_foreign=0).save(tmp_path / "mine")
+    again = runtime().load(tmp_path / "mine")
+    seconds = again.plan("Why?").seconds
+    assert (seconds.token, seconds.sources) == (0.25, ("measured in this conversation before",))
+    branch = again.branch(1).plan("Why?")
+    assert branch.seconds.sources == seconds.sources
+    assert branch.seconds.prefill == pytest.approx(branch.rows_new / 10)
+    assert runtime().session().plan("Why?").seconds.token is None
+
+    elsewhere = runtime(n_threads=2).load(tmp_path / "mine")
+    assert elsewhere.plan("Why?").seconds.token is None
+    elsewhere.undo()
+    elsewhere.save(tmp_path / "elsewhere")  # its turn is still none of this one's
+    assert runtime(n_threads=2).load(tmp_path / "elsewhere").plan("Why?").seconds.token is None
+
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert runtime().load(tmp_path / "mine").plan("Why?").seconds.token is None
 
 
 def test_two_threads_get_their_answers_one_after_the_other(setup: Setup) -> None:

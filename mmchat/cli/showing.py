@@ -9,14 +9,27 @@ from typing import Any
 
 from mmchat.cli.options import UsageError, policy
 from mmchat.cli.terminal import describe_plan
-from mmchat.context import Conversation, Policy, fit
-from mmchat.errors import ContextFull, ImageError, PromptError
-from mmchat.forecast import Plan, make_plan, published
+from mmchat.context import Conversation, Policy
+from mmchat.errors import ContextFull, ImageError, ModelDirError, PromptError
+from mmchat.forecast import Outlook, Plan, plan_prompt
 from mmchat.images import read_image
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, RowCounter, Text, build, picture_rows
+from mmchat.prompt import (
+    DEFAULT_SYSTEM_PROMPT,
+    ChatTokenizer,
+    Message,
+    Prompt,
+    RowCounter,
+    Text,
+    build,
+    picture_rows,
+    render,
+)
 from mmchat.record import ImageHandle, Marks, Turn, Usage, images_in
+from mmchat.runtime import outlook
 from mmchat.slicing import Size, plan_slices
+
+_KNOWN = {"messages", "system_prompt", "use_image_id", "max_slice_nums"}
 
 
 def slices(
@@ -93,84 +106,135 @@ def prompt(
         raise PromptError(f"{conversation}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{conversation}: not JSON ({error})") from None
-    known = {"messages", "system_prompt", "use_image_id", "max_slice_nums"}
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise PromptError(f'{conversation}: must be an object with a list of "messages"')
-    if unknown := set(given) - known:
-        raise PromptError(f"{conversation}: unknown {sorted(unknown)}; known are {sorted(known)}")
-    numbers: dict[str, Any] = {}
-    limit = spec = None
+    if unknown := set(given) - _KNOWN:
+        raise PromptError(f"{conversation}: unknown {sorted(unknown)}; known are {sorted(_KNOWN)}")
     if model is not None:
         spec = open_model(model)
-        tokenizer = str(spec.tokenizer_path)
-        numbers = {
+        for name, default in (("max_slice_nums", spec.slices.max_slice_nums), ("use_image_id", spec.use_image_id)):
+            if given.get(name) is None:
+                given[name] = default
+        numbers: dict[str, Any] = {
             "query_num": spec.vision.query_num,
             "scale_resolution": spec.slices.scale_resolution,
             "patch_size": spec.slices.patch_size,
             "max_patches": spec.slices.max_patches,
         }
-        given.setdefault("max_slice_nums", spec.slices.max_slice_nums)
-        given.setdefault("use_image_id", spec.use_image_id)
         limit = min(context_rows or spec.context_rows, spec.context_rows)
-    assert tokenizer is not None
-    options = {name: given[name] for name in known - {"messages"} if name in given}
-    made = build(given["messages"], tokenizer, **options, **numbers)
-    budget = None if limit is None else {"rows": made.n_rows, "context_rows": limit, "left": limit - made.n_rows}
-    plan: Plan | ContextFull | None = None
-    if spec is not None and limit is not None:
-        plan = _plan(given, spec, limit, max_new_tokens or spec.sampling.max_new_tokens, policy(steps))
-    if as_json:
-        spans = [list(span) for span in made.image_spans]
-        shown: dict[str, Any] = {"ids": made.ids, "image_spans": spans, "n_vision_inputs": made.n_vision_inputs}
-        if budget is not None:
-            planned = {"error": str(plan)} if isinstance(plan, ContextFull) else plan and plan.to_dict()
-            shown.update(budget=budget, plan=planned)
-        print(json.dumps(shown))
+        made = _build(given, spec.tokenizer_path, numbers)
+        sent = _sent(given, spec, limit, max_new_tokens or spec.sampling.max_new_tokens, policy(steps))
+        _show(made, sent, limit, as_json)
         return
+    assert tokenizer is not None
+    made = _build(given, tokenizer, {})
+    if as_json:
+        print(json.dumps(_rows_to_json(made)))
+    else:
+        _print_rows(made)
+        _print_ids(made)
+
+
+def _build(given: dict[str, Any], tokenizer: str | Path, numbers: dict[str, Any]) -> Prompt:
+    options = {name: given[name] for name in _KNOWN - {"messages"} if name in given}
+    return build(given["messages"], tokenizer, **options, **numbers)
+
+
+def _show(made: Prompt, sent: tuple[Plan, Prompt] | ContextFull | None, limit: int, as_json: bool) -> None:
+    """made: the conversation as it is given.  sent: what a session would make of it; None where it can have no such.
+
+    What does not fit has a budget of all its rows, and no row is sent.
+    """
+    plan = sent[0] if isinstance(sent, tuple) else None
+    shown = sent[1] if isinstance(sent, tuple) else made
+    budget = {"rows": shown.n_rows, "context_rows": limit, "left": limit - shown.n_rows}
+    if as_json:
+        rows = _rows_to_json(Prompt((), [], []) if isinstance(sent, ContextFull) else shown)
+        planned = {"error": str(sent)} if isinstance(sent, ContextFull) else plan and plan.to_dict()
+        print(json.dumps({**rows, "budget": budget, "plan": planned}))
+        return
+    _print_rows(shown)
+    print(f"context         {budget['context_rows']} rows, {budget['left']} left for the answer")
+    if isinstance(sent, ContextFull):
+        print(f"does not fit    {sent}")
+        return
+    if plan is not None:
+        print("would be sent, where nothing is cached")
+        print("\n".join(f"  {line}" for line in describe_plan(plan)))
+    _print_ids(shown)
+
+
+def _rows_to_json(made: Prompt) -> dict[str, Any]:
+    spans = [list(span) for span in made.image_spans]
+    return {"ids": made.ids, "image_spans": spans, "n_vision_inputs": made.n_vision_inputs}
+
+
+def _print_rows(made: Prompt) -> None:
     print(f"rows            {made.n_rows}")
     print(f"vision inputs   {made.n_vision_inputs}")
-    if budget is not None:
-        print(f"context         {budget['context_rows']} rows, {budget['left']} left for the answer")
-    if isinstance(plan, ContextFull):
-        print(f"does not fit    {plan}")
-    elif plan is not None:
-        print("would be sent")
-        print("\n".join(f"  {line}" for line in describe_plan(plan)))
+
+
+def _print_ids(made: Prompt) -> None:
     print(f"image spans     {' '.join(f'[{start}, {end})' for start, end in made.image_spans) or 'none'}")
     print(f"ids             {' '.join(map(str, made.ids))}")
 
 
-def _plan(
+def _sent(
     given: dict[str, Any], spec: ModelSpec, cap: int, max_new_tokens: int, policy: Policy
-) -> Plan | ContextFull | None:
-    """What a session would send of it, asking the last question; None where it is not questions and answers in turns.
+) -> tuple[Plan, Prompt] | ContextFull | None:
+    """What a new session would send of it, asking the last question.
 
-    given: what build() has taken, so it is valid.
+    None where it is not questions and answers in turns, with pictures in questions alone.  No two pictures are the
+    same, and none was encoded before.  given: what build() has taken, so it is valid.
     """
     messages = list(given["messages"])
-    system = given.get("system_prompt") or DEFAULT_SYSTEM_PROMPT
-    if messages and messages[0]["role"] == "system":
-        system = "\n".join(part for part in _parts(messages.pop(0), 0, 0, spec, given) if isinstance(part, str))
+    system = _text(messages.pop(0)) if messages[0]["role"] == "system" else given.get("system_prompt") or ""
+    answers = [_text(message) for message in messages[1::2]]
     roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] or None in (system, *answers):
         return None
     tokenizer = ChatTokenizer(spec.tokenizer_path)
     turns: list[Turn] = []
     n_images = 0
-    for asked, answered in zip(messages[::2], messages[1::2], strict=False):
+    for asked, text in zip(messages[::2], answers, strict=False):
         parts = _parts(asked, n_images, len(turns) + 1, spec, given)
         n_images += len(images_in(parts))
-        text = "\n".join(part for part in _parts(answered, 0, 0, spec, given) if isinstance(part, str))
+        assert text is not None
         turns.append(Turn(parts, text, tuple(tokenizer.encode(text)), "stop", Usage()))
     question = _parts(messages[-1], n_images, len(turns) + 1, spec, given)
-    talk = Conversation(Message("system", (Text(system),)), turns, question)
-    counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=given["use_image_id"] is not False)
+    talk = Conversation(Message("system", (Text(system or DEFAULT_SYSTEM_PROMPT),)), turns, question)
+    rules: dict[str, Any] = {"query_num": spec.vision.query_num, "use_image_id": given["use_image_id"]}
     try:
-        fitted = fit(talk, Marks(), counter, cap=cap, max_new_tokens=max_new_tokens, policy=policy)
+        return plan_prompt(
+            talk,
+            Marks(),
+            RowCounter(tokenizer, **rules),
+            lambda marks: render(talk.messages(marks), tokenizer, **rules),
+            _outlook(spec, cap),
+            cap=cap,
+            max_new_tokens=max_new_tokens,
+            policy=policy,
+            slices_new=lambda prompt: prompt.n_vision_inputs,
+            before={},
+        )
     except ContextFull as error:
         return error
-    slices = sum(image.slices for image in images_in(question))
-    return make_plan(talk, fitted, max_new_tokens, cap, 0, slices, published() if spec.board else {})
+
+
+def _outlook(spec: ModelSpec, context_rows: int) -> Outlook:
+    try:
+        return outlook(spec, context_rows)
+    except ModelDirError as error:  # a board's folder may be looked at elsewhere
+        print(f"mmchat: nothing that was measured on a board is used: {error}", file=sys.stderr)
+        return Outlook(published=True)
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    """Of what is no question; None where a picture is in it."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return None if any(part["type"] == "image" for part in content) else "\n".join(part["text"] for part in content)
 
 
 def _parts(
@@ -187,13 +251,13 @@ def _parts(
         n_images += 1
         plan = plan_slices(
             *part["size"],
-            max_slice_nums=given["max_slice_nums"] or 9,  # as in build()
+            max_slice_nums=given["max_slice_nums"],
             scale_resolution=spec.slices.scale_resolution,
             patch_size=spec.slices.patch_size,
             max_patches=spec.slices.max_patches,
         )
         rows = plan.n_inputs * spec.vision.query_num
-        keys = ("",) * plan.n_inputs
+        keys = tuple(f"img{n_images} {i}" for i in range(plan.n_inputs))
         parts.append(
             ImageHandle(f"img{n_images}", plan.size, plan.n_inputs, rows, turn, plan=plan, keys=keys, pixels=list)
         )
