@@ -18,7 +18,15 @@ at most what was being added.  The price: what was taken back stays in the file 
 does, and so does going on with a file of which more than half is such waste.
 
 What a bundle says is data: numbers are compared with what they may be, names are names only, text stays text.
-Whatever is not whole, or not what belongs there, is left out and told in `lost`; what comes before it is there.
+Whatever is not whole, or not what belongs there, is left out and told in `lost`; all else is there.
+
+A turn that is lost between others leaves a gap: a turn that says so stands in its place (`gaps`), so that turns keep
+their numbers, and with them what was pinned, dropped and returned.  Later turns can stand without it: each holds its
+own text, tokens and pictures with their names, and a conversation knows turns that are not sent any more, which is what
+the gap becomes when it goes on (mmchat.saving).  So going on keeps the later turns; the model does not see the lost one,
+as if it had gone to make room.  A new picture is named after the highest name that is there, so no later turn's picture
+changes its name; a lost picture's name may be given again where no later one is known.  A picture whose file is lost
+costs that file alone.
 
 This module knows files and values: no model, no tokenizer, no session.
 """
@@ -28,6 +36,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +60,9 @@ _ID = re.compile(r"img[1-9][0-9]{0,8}")
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_OR_NONE = re.compile(r"([0-9a-f]{64})?")
+# A section with the shortest turn is longer: a gap is of no more turns than the bytes before it had room for, and a few.
+_LEAST_TURN_BYTES, _FEW_TURNS = 88, 256
+_MOST_LOSSES = 64  # that one gap can be told to come from
 # Below this much a file is not worth writing anew, however much of it is waste.
 _SMALL_BYTES = 256 << 10
 
@@ -132,11 +144,38 @@ class SavedRecord:
         return [image for turn in self.turns for image in turn.images]
 
 
+LOST_TURN = SavedTurn(("(This turn was lost: the file it was saved in is damaged.)",), "", (), "cancelled", {})
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Something that may have been a turn.  index: of what is told of it, in `lost`."""
+
+    at: int
+    kind: str
+    why: str
+    index: int
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A turn in its place, n.  n_bytes: that it and those before it take.  at: where its section begins.
+
+    losses: since the section of a turn that came before it in the file.
+    """
+
+    n: int
+    turn: SavedTurn
+    n_bytes: int
+    at: int
+    losses: tuple[_Loss, ...]
+
+
 class Bundle:
     """A bundle that was read: its record; its pictures and embeddings when they are asked for.
 
-    lost: what could not be read, in words.  torn: the file ends within a section, as after a kill.  damaged: it is not
-    whole in another way.
+    lost: what could not be read, in words.  gaps: numbers (from 1) of the record's turns that are lost, and are
+    LOST_TURN there.  torn: the file ends within a section, as after a kill.  damaged: it is not whole in another way.
     """
 
     def __init__(self, path: str | Path, *, write: bool = False) -> None:
@@ -149,11 +188,13 @@ class Bundle:
         self._lost: list[str] = []
         self._pictures: dict[str, Section] = {}
         self._rows: dict[str, Section] = {}
-        self._turns: list[tuple[SavedTurn, int]] = []  # each with the bytes that it and those before it take
+        self._turns: list[_Placed] = []  # in ascending places
+        self._losses: list[_Loss] = []
+        self._loss_places: list[int] = []
         self._settings: SavedSettings | None = None
         self._model = SavedModel()
         self._state: Mapping[str, Any] = {}
-        self._n_unplaced = self._n_foreign = 0
+        self._n_foreign = 0
         self._is_complete = False  # nothing was begun that has not been ended
         for found in self.file.scan():
             if isinstance(found, Damage):
@@ -162,9 +203,9 @@ class Bundle:
                 try:
                     self._take(found)
                 except _Wrong as error:
-                    self._lose(f"{_KINDS[found.kind]} ({error})")
+                    self._lose_section(found.data_at + found.n_bytes - found.size, found.kind, str(error))
         self._refuse_doubles()
-        turns = tuple(turn for turn, _ in self._turns)
+        turns, self.gaps = self._in_order()
         self.record = SavedRecord(self._settings or SavedSettings(), self._model, turns, self._state)
         self._tell()
         self.lost = tuple(dict.fromkeys(self._lost))
@@ -208,7 +249,7 @@ class Bundle:
         images = self.record.images
         pictures = sum(self.pictures.get(name, 0) for name in {image.picture for image in images})
         rows = sum(self.keys.get(key, 0) for key in {key for image in images for key in image.keys})
-        needed = pictures + rows + sum(n_bytes for _, n_bytes in self._turns[-1:])
+        needed = pictures + rows + sum(placed.n_bytes for placed in self._turns[-1:])
         return self.file.end > 2 * needed + _SMALL_BYTES
 
     def _take(self, section: Section) -> None:
@@ -220,19 +261,13 @@ class Bundle:
             n, turn = values.integer("n", 0, MAX_TURNS - 1), _turn(values)
             values.integer("more")
             state = values.inner("state").values if "state" in section.values else None
-            if n > len(self._turns):  # one before it was lost
-                self._n_unplaced += 1
-                return
-            n_bytes = section.size + (self._turns[n - 1][1] if n else 0)
-            if n_bytes > MAX_RECORD_BYTES:
-                raise _Wrong(f"the record is over the bound of {MAX_RECORD_BYTES:,} bytes")
-            self._turns[n:] = [(turn, n_bytes)]
-            self._state, self._n_unplaced = self._state if state is None else state, 0
+            self._place(n, turn, section)
+            self._state = self._state if state is None else state
         elif section.kind == "STAT":
             n, self._state = values.integer("n", 0, MAX_TURNS), values.inner("state").values
-            if n <= len(self._turns):
-                del self._turns[n:]
-                self._n_unplaced = 0
+            self._cut(n)
+            if n <= self._n_turns:
+                self._losses.clear()
         elif section.kind == "PICT":
             self._pictures.setdefault(values.text("id", _DIGEST), section)
         elif section.kind == "ROWS":
@@ -243,31 +278,104 @@ class Bundle:
         else:
             self._n_foreign += 1
 
+    @property
+    def _n_turns(self) -> int:
+        return self._turns[-1].n + 1 if self._turns else 0
+
+    def _cut(self, n: int) -> None:
+        """Take back the turns from place n on; what was lost before them is before the next one then."""
+        losses: list[tuple[_Loss, ...]] = [tuple(self._losses)]
+        while self._turns and self._turns[-1].n >= n:
+            losses.append(self._turns.pop().losses)
+        self._losses = [loss for some in reversed(losses) for loss in some][:_MOST_LOSSES]
+
+    def _place(self, n: int, turn: SavedTurn, section: Section) -> None:
+        """Raises _Wrong, and all is as before."""
+        at = section.data_at + section.n_bytes - section.size
+        if n - self._n_turns > _FEW_TURNS + at // _LEAST_TURN_BYTES:
+            raise _Wrong(f"its n is {n}, after {self._n_turns} turns")
+        i = bisect_left(self._turns, n, key=lambda placed: placed.n)
+        n_bytes = section.size + (self._turns[i - 1].n_bytes if i else 0)
+        if n_bytes > MAX_RECORD_BYTES:
+            raise _Wrong(f"the record is over the bound of {MAX_RECORD_BYTES:,} bytes")
+        if 0 < n <= self._n_turns:  # what was lost may have replaced the turn before this one
+            for loss in self._losses:
+                if loss.kind == "TURN" and self._lost[loss.index].endswith(")"):  # not told yet
+                    self._lost[loss.index] += f"; turn {n} may be what stood there before"
+        self._cut(n)
+        self._turns.append(_Placed(n, turn, n_bytes, at, tuple(self._losses)))
+        self._losses.clear()
+
     def _note(self, damage: Damage) -> None:
         if damage.torn:
             self._is_complete = False
-        elif damage.kind:
-            self._lose(f"{_KINDS.get(damage.kind, 'something')} ({damage.why}, byte {damage.at})")
         else:
-            self._lose(f"everything from byte {damage.at} on ({damage.why})")
+            self._lose_section(damage.at, damage.kind, damage.why, damage.end)
+
+    def _lose_section(self, at: int, kind: str, why: str, end: int | None = None) -> None:
+        """end: of what has no kind; None where it is everything."""
+        if kind in ("TURN", ""):
+            self._losses.append(_Loss(at, kind, f"{why}, byte {at}", len(self._lost)))
+            self._loss_places.append(at)
+        if kind in ("TURN", "STAT", ""):
+            self._is_complete = True  # it may have been the end of what was begun
+        if kind:
+            self._lose(f"{_KINDS.get(kind, 'something')} ({why}, byte {at})")
+        elif end is None:
+            self._lose(f"everything from byte {at} on ({why})")
+        else:
+            self._lose(f"what is between byte {at} and byte {end} ({why})")
 
     def _refuse_doubles(self) -> None:
-        """Every id is one picture."""
-        known: dict[str, SavedImage] = {}
-        for n, (turn, _) in enumerate(self._turns):
-            for image in turn.images:
-                if known.setdefault(image.id, image) != image:
-                    self._lose(f"turn {n + 1} and what comes after it ({image.id} is two pictures)")
-                    del self._turns[n:]
-                    return
+        """Every id is one picture.  Of two turns with a loss between them, the lost one may have replaced the first."""
+        known: dict[str, tuple[SavedImage, _Placed]] = {}
+        replaced: set[int] = set()
+        for i, placed in enumerate(self._turns):
+            for image in placed.turn.images:
+                first, owner = known.setdefault(image.id, (image, placed))
+                if first == image:
+                    continue
+                if bisect_left(self._loss_places, owner.at) == bisect_left(self._loss_places, placed.at):
+                    self._lose(f"turn {placed.n + 1} and what comes after it ({image.id} is two pictures)")
+                    del self._turns[i:]
+                    break
+                replaced.add(owner.n)
+                known[image.id] = image, placed
+            else:
+                continue
+            break
+        self._turns = [placed for placed in self._turns if placed.n not in replaced]
+
+    def _in_order(self) -> tuple[tuple[SavedTurn, ...], tuple[int, ...]]:
+        """All turns with what stands for lost ones, and the numbers of those; tells of them."""
+        turns: list[SavedTurn] = []
+        gaps: list[int] = []
+        for placed in self._turns:
+            missing = range(len(turns) + 1, placed.n + 1)
+            if missing:
+                self._tell_gap(missing, placed)
+                turns += [LOST_TURN] * len(missing)
+                gaps += missing
+            turns.append(placed.turn)
+        return tuple(turns), tuple(gaps)
+
+    def _tell_gap(self, missing: range, following: _Placed) -> None:
+        losses = [loss for loss in following.losses if loss.kind == "TURN"] or following.losses
+        if len(losses) == len(missing):
+            for number, loss in zip(missing, losses, strict=True):
+                self._lost[loss.index] = f"turn {number} ({loss.why})"
+            return
+        numbers = f"turn {missing[0]}" if len(missing) == 1 else f"turns {missing[0]} to {missing[-1]}"
+        if losses:
+            self._lost[losses[0].index] = f"{numbers} ({losses[0].why}, and what follows)"
+        else:
+            self._lose(f"{numbers} (not in the file before byte {following.at})")
 
     def _tell(self) -> None:
         """What is only known when all was read."""
         if not self._is_complete:
             self.torn = True
             self._lost.append("what was being saved when the file was cut off")
-        if self._n_unplaced:
-            self._lose(f"{self._n_unplaced} turn(s) that came after it")
         if self._settings is None:
             self._lose("the settings: the model's own are used")
         for image in self.record.images:

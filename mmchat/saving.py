@@ -4,6 +4,7 @@ Back on another machine, or with another model:
 
 * Tokens of an answer are used where the tokenizer is the same, they spell the answer's text, and none of them is a
   control token; else they are made again from the text.
+* A turn that is lost between others stays as a turn that says so and is not sent, as one that went to make room.
 * Keys of pictures are used where encoder and cutting are the same; else the pictures are cut again.  Where there is no
   picture, the handle stays, and a question that needs it fails with a clear error.
 * Embeddings from a bundle are never put into the store under the key of a picture, for whoever wrote the file could
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -226,6 +228,9 @@ class Restored:
             self.marks = marks_of(record.state)
         except SessionError as error:
             self.notes.append(f"lost: what was pinned, forgotten and not sent any more ({error})")
+        if bundle.gaps:
+            self.marks = replace(self.marks, dropped=self.marks.dropped | set(bundle.gaps))
+            self.notes.append("the turns after a lost one are kept, and the model does not see the lost one")
         try:
             self.policy = _policy(record.settings.policy)
         except SessionError as error:

@@ -9,8 +9,10 @@ and a program that is killed while it adds one leaves the ones before.  What is 
 together; what cannot be added (disk full) leaves the file as it was.
 
 Files come from anywhere.  Sizes are compared with the bounds below and with the file before anything is allocated,
-maps are never unpickled and hold text, numbers and lists only, and whatever does not fit is told as Damage: a section
-whose inside is damaged is passed over, after a damaged header nothing can be found any more.
+maps are never unpickled and hold text, numbers and lists only, and whatever does not fit is told as Damage.  A section
+whose inside is damaged is passed over by its lengths, so that no section that lies in its data is taken for one.  After
+a damaged header the next one whose own checksum fits, and whose section ends within the file, is searched; then what
+the damaged section held is searched too, for nobody knows its end.  Every byte is read a fixed number of times at most.
 
 This module knows no conversation.
 """
@@ -49,6 +51,8 @@ _MAGIC = b"\x89mmchat\n"
 _SECTION = struct.Struct(">4sIQII")
 _CRC = struct.Struct(">I")
 _BLOCK = 1 << 20
+# What a header within the bounds may be: the first byte of the map's size is 0, and so are four of the data's.
+_LIKE_A_HEADER = re.compile(rb"[A-Z]{4}\x00.{3}\x00{4}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Damage:
     """What cannot be read, from byte `at` on.
 
     why: in words.  kind, values: of the section, as far as they are whole.  torn: the file ends within its last
-    section, as it does after a kill; everything before it is there.
+    section, as it does after a kill; everything before it is there.  end: where reading goes on after a header that
+    says nothing; None where nothing more is found, and for all other damage.
     """
 
     at: int
@@ -79,6 +84,7 @@ class Damage:
     kind: str = ""
     values: dict[str, Any] | None = None
     torn: bool = False
+    end: int | None = None
 
 
 class SectionFile:
@@ -181,23 +187,44 @@ class SectionFile:
                 return
             name, n_map, n_data, map_crc, data_crc = _SECTION.unpack_from(head)
             if _CRC.unpack_from(head, _SECTION.size) != (zlib.crc32(head[: _SECTION.size]),):
-                yield Damage(at, "a section's header is damaged")
-                return
+                found = self._next_header(at + 1, size)
+                yield Damage(at, "a section's header is damaged", end=found)
+                if found is None:
+                    return
+                at = found
+                continue
             kind = name.decode("ascii", errors="replace")
             map_at, following = at + len(head), at + len(head) + n_map + n_data
-            if not re.fullmatch("[A-Z]{4}", kind):
-                yield Damage(at, "a section has no valid kind")
-                return
+            is_kind = re.fullmatch("[A-Z]{4}", kind) is not None
             if following > size:
-                yield Damage(at, "the file ends within a section", kind, torn=True)
+                yield Damage(at, "the file ends within a section", kind if is_kind else "", torn=True)
                 return
-            if n_map > MAX_MAP_BYTES or n_data > MAX_DATA_BYTES:
+            if not is_kind:
+                yield Damage(at, "a section has no valid kind", end=following)
+            elif n_map > MAX_MAP_BYTES or n_data > MAX_DATA_BYTES:
                 most = MAX_MAP_BYTES if n_map > MAX_MAP_BYTES else MAX_DATA_BYTES
                 yield Damage(at, f"a section of {n_map + n_data:,} bytes is over the bound of {most:,}", kind)
             else:
                 section = self._section(kind, map_at, n_map, n_data, map_crc, data_crc)
                 yield Damage(at, section, kind) if isinstance(section, str) else self._checked(at, section)
             at = self.end = following
+
+    def _next_header(self, at: int, size: int) -> int | None:
+        """Where the first header from `at` on begins that fits the bounds, the file and its own checksum."""
+        n_head, start, n_bytes = _SECTION.size + _CRC.size, at, 256
+        while start < size:  # a little first: where there are many gaps, each is searched anew
+            block, place = self._read(start, n_bytes + n_head - 1), 0
+            while found := _LIKE_A_HEADER.search(block, place):
+                place = found.start() + 1
+                head = block[found.start() : found.start() + n_head]
+                if len(head) < n_head or _CRC.unpack_from(head, _SECTION.size) != (zlib.crc32(head[: _SECTION.size]),):
+                    continue
+                _, n_map, n_data, _, _ = _SECTION.unpack_from(head)
+                following = start + found.start() + n_head + n_map + n_data
+                if n_map <= MAX_MAP_BYTES and n_data <= MAX_DATA_BYTES and following <= size:
+                    return start + found.start()
+            start, n_bytes = start + n_bytes, min(2 * n_bytes, _BLOCK)
+        return None
 
     def data(self, section: Section) -> bytes:
         """A section's data.  Raises BundleError where it is no longer what scan found, or cannot be read."""

@@ -418,7 +418,7 @@ class Session:
         for image in self.images:
             if image.id == name:
                 return image
-        known = f"they are img1 to img{len(self.images)}" if self._turns and self.images else "there is none yet"
+        known = f"they are {self.images[0].id} to {self.images[-1].id}" if self._turns and self.images else "there is none yet"
         raise SessionError(f"there is no picture {name!r}: {known}")
 
     # Preparing
@@ -464,7 +464,8 @@ class Session:
 
     def _question(self, prepared: Sequence[str | _Prepared], turns: Sequence[Turn]) -> tuple[str | ImageHandle, ...]:
         """The parts of a question after these turns."""
-        n_images, parts = len(_images_of(turns)), list[str | ImageHandle]()
+        n_images = max((int(image.id.removeprefix("img")) for image in _images_of(turns)), default=0)
+        parts: list[str | ImageHandle] = []
         for part in prepared:
             if isinstance(part, str):
                 parts.append(part)

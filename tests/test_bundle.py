@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from numpy.typing import NDArray
 
 from mmchat import bundle
-from mmchat.bundle import Bundle, Journal, SavedImage, SavedModel, SavedRecord, SavedSettings, SavedTurn
+from mmchat.bundle import LOST_TURN, Bundle, Journal, SavedImage, SavedModel, SavedRecord, SavedSettings, SavedTurn
 from mmchat.errors import BundleError
-from mmchat.sections import SectionFile, pack
+from mmchat.sections import Section, SectionFile, pack
 from tests.test_sections import HEAD_BYTES, raw
 
 FILES = [b"first picture", b"\x00\xff second", b"", b"the fourth " * 20]
@@ -243,7 +243,9 @@ def open_bytes(path: Path, data: bytes) -> Bundle | None:
 def is_told_or_right(read: Bundle) -> None:
     """A prefix of the turns; whatever is not as it was saved, is told."""
     n = len(read.record.turns)
-    assert read.record.turns == SMALL.turns[:n]
+    for number, found in enumerate(read.record.turns, 1):
+        assert found == (LOST_TURN if number in read.gaps else SMALL.turns[number - 1])
+    assert n not in read.gaps
     assert read.record.settings in (SMALL.settings, SavedSettings())
     if not read.lost:
         assert read.record == SMALL
@@ -282,8 +284,128 @@ def test_every_byte_flipped(tmp_path: Path, small: bytes) -> None:
             is_told_or_right(read)
             assert read.damaged
             assert read.lost
-            seen.add(len(read.record.turns))
-    assert seen == {0, 1, 2, 3}
+            seen.add((len(read.record.turns), *read.gaps))
+    assert seen == {(3,), (3, 1), (3, 2), (2,)}
+
+
+def kept_journal(path: Path) -> tuple[SavedRecord, dict[tuple[int, int], int]]:
+    """A conversation of six turns as it was saved turn by turn, and the bytes of each turn's section."""
+    saved = record()
+    journal = Journal.create(path, saved, picture_of, rows_of)
+    said = (turn(image(1, 0), "What?"), turn("And?", text="No."), turn(image(2, 1), "This?"), turn("Yes?"),
+            turn(image(3, 3), "Here?", text="There."), turn("So?", text="So."))  # fmt: skip
+    for new in said:
+        saved = replace(saved, turns=(*saved.turns, new), state={"dropped": b"", "n": len(saved.turns)})
+        journal.write(saved, picture_of, rows_of)
+    journal.close()
+    spans = {
+        (section.data_at + section.n_bytes - section.size, section.data_at + section.n_bytes): section.values["n"]
+        for section in SectionFile.open(path).scan()
+        if isinstance(section, Section) and section.kind == "TURN"
+    }
+    assert list(spans.values()) == list(range(6))
+    return saved, spans
+
+
+def shows_what_is_whole(path: Path, data: bytes, saved: SavedRecord, lost: dict[int, int]) -> None:
+    """lost: places of the turns whose sections are not whole, and where these begin."""
+    path.write_bytes(data)
+    read = Bundle(path)
+    n_left = max((n + 1 for n in range(len(saved.turns)) if n not in lost), default=0)
+    expected = tuple(LOST_TURN if n in lost else told for n, told in enumerate(saved.turns[:n_left]))
+    assert read.record.turns == expected
+    assert read.gaps == tuple(n + 1 for n in sorted(lost) if n < n_left)
+    assert read.damaged
+    for n, at in lost.items():
+        assert any(f"byte {at}" in what for what in read.lost)
+        assert n >= n_left or any(what.startswith(f"turn {n + 1} (") for what in read.lost)
+    for image in read.record.images:
+        if not read.has_picture(image):
+            assert f"the picture {image.id}" in read.lost
+
+
+def test_a_flipped_bit_costs_the_section_it_is_in(tmp_path: Path) -> None:
+    """In every section's header and in its inside: every turn whose own section is whole is shown, in its place."""
+    path = tmp_path / "file"
+    saved, spans = kept_journal(path)
+    whole = path.read_bytes()
+    for section in SectionFile.open(path).scan():
+        assert isinstance(section, Section)
+        start, end = section.data_at + section.n_bytes - section.size, section.data_at + section.n_bytes
+        for at in {start, start + 9, start + 27, start + 28, end - 1}:
+            data = bytearray(whole)
+            data[at] ^= 1 << at % 8
+            lost = {spans[start, end]: start} if (start, end) in spans else {}
+            shows_what_is_whole(path, bytes(data), saved, lost)
+            read = Bundle(path)
+            pictures = [image for image in read.record.images if not read.has_picture(image)]
+            assert len(pictures) == (section.kind == "PICT")
+            assert (read.record.settings == saved.settings) or section.kind == "SETT"
+            path.write_bytes(whole)
+
+
+@given(st.data())
+def test_any_bytes_flipped_cost_the_sections_they_are_in(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    path = tmp_path_factory.mktemp("flips") / "file"
+    saved, spans = kept_journal(path)
+    damaged = bytearray(path.read_bytes())
+    hits = data.draw(st.sets(st.integers(HEAD_BYTES, len(damaged) - 1), min_size=1, max_size=4))
+    for at in hits:
+        damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    lost = {n: start for (start, end), n in spans.items() if any(start <= at < end for at in hits)}
+    path.write_bytes(damaged)
+    read = Bundle(path)
+    for n, told in enumerate(saved.turns):
+        if n not in lost:
+            assert read.record.turns[n] == told
+    assert read.gaps == tuple(n + 1 for n in sorted(lost) if n < len(read.record.turns))
+    assert all(any(f"turn {number}" in what or "turns" in what for what in read.lost) for number in read.gaps)
+
+
+def test_a_stretch_of_lost_bytes_is_one_gap(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    saved, spans = kept_journal(path)
+    places = {n: span for span, n in spans.items()}
+    data = bytearray(path.read_bytes())
+    start = places[1][0]
+    data[start : places[3][1] - 5] = bytes(places[3][1] - 5 - start)
+    path.write_bytes(data)
+    read = Bundle(path)
+    assert read.gaps == (2, 3, 4)
+    assert read.record.turns == (saved.turns[0], *[LOST_TURN] * 3, *saved.turns[4:])
+    assert read.lost[0] == f"turns 2 to 4 (a section's header is damaged, byte {start}, and what follows)"
+
+
+def test_a_lost_turn_that_replaced_another(tmp_path: Path) -> None:
+    """What stood there before is shown as such; not where its picture's name has become another's."""
+    path = tmp_path / "file"
+    for old, is_kept in ((turn("b"), True), (turn(image(1, 0)), False)):
+        path.unlink(missing_ok=True)
+        journal = Journal.create(path, record(turn("a"), old), picture_of, no_rows)
+        start = path.stat().st_size
+        again = record(turn("a"), turn("again"))
+        journal.write(again, picture_of, no_rows)
+        other = replace(image(1, 0), size=(7, 7))
+        journal.write(record(*again.turns, turn(other)), picture_of, no_rows)
+        data = bytearray(path.read_bytes())
+        data[start + 60] ^= 1
+        path.write_bytes(data)
+        read = Bundle(path)
+        assert read.record.turns == (turn("a"), old if is_kept else LOST_TURN, turn(other))
+        damage = f"(a section is damaged, byte {start})"
+        kept = f"a turn {damage}; turn 2 may be what stood there before"
+        assert read.lost == (kept if is_kept else f"turn 2 {damage}",)
+
+
+def test_a_gap_is_no_larger_than_the_file(tmp_path: Path) -> None:
+    """A small file of a hostile maker does not become many turns."""
+    path = tmp_path / "file"
+    SectionFile.create(path, pack("TURN", good_turn(n=200)))
+    assert Bundle(path).gaps == tuple(range(1, 201))
+    assert Bundle(path).lost[0].startswith("turns 1 to 200 (not in the file before byte ")
+    SectionFile.create(path, pack("TURN", good_turn(n=90_000)))
+    assert Bundle(path).record.turns == ()
+    assert "a turn (its n is 90000, after 0 turns, byte 16)" in Bundle(path).lost
 
 
 @given(st.data())
@@ -299,7 +421,7 @@ def test_bundles_with_holes_and_patches(tmp_path: Path, small: bytes, data: Any)
 
 
 def test_the_turns_after_a_damaged_one_are_not_put_in_its_place(tmp_path: Path) -> None:
-    """But those that replace it are, for they say where they belong."""
+    """They keep theirs after a gap; and those that replace it are put there, for they say where they belong."""
     path = tmp_path / "file"
     journal = Journal.create(path, record(turn("a")), picture_of, no_rows)
     start = path.stat().st_size
@@ -310,8 +432,9 @@ def test_the_turns_after_a_damaged_one_are_not_put_in_its_place(tmp_path: Path) 
         file.seek(start + 60)
         file.write(b"\xff\xff")
     read = Bundle(path)
-    assert read.record == record(turn("a"))
-    assert read.lost == (f"a turn (a section is damaged, byte {start})", "1 turn(s) that came after it")
+    assert read.record == record(turn("a"), LOST_TURN, turn("c"))
+    assert read.gaps == (2,)
+    assert read.lost == (f"turn 2 (a section is damaged, byte {start})",)
     journal.write(record(turn("a"), turn("d")), picture_of, no_rows)
     read = Bundle(path)
     assert read.record == record(turn("a"), turn("d"))
@@ -381,6 +504,7 @@ def test_a_turn_that_is_none_is_left_out(tmp_path: Path, name: str) -> None:
         file.write(b"".join(pack("TURN", BAD_TURNS[name]) + pack("TURN", good_turn(n=1)) + pack("TURN", good_turn())))
     read = Bundle(path)
     assert len(read.record.turns) == 1
+    assert not read.gaps
     assert read.damaged
     assert read.lost[0].startswith("a turn (its " if "picture" not in name else "a turn (")
     assert len(read.lost[0]) < 120

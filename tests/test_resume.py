@@ -209,7 +209,9 @@ def test_session_show_of_a_damaged_one(saved: Path, tmp_path: Path) -> None:
     saved.write_bytes(data[:16] + b"\xff" + data[17:])
     code, out, err = run_here("session", "show", saved)
     assert code == 1
-    assert "everything from byte 16 on" in err
+    assert "what is between byte 16 and byte " in err
+    assert "lost: the settings: the model's own are used" in err
+    assert "2. " in out
     saved.write_bytes(b"\xff" + data[1:])
     assert "not a saved session" in refused("session", "show", saved)
 

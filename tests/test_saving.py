@@ -922,14 +922,66 @@ def test_resume_of_a_damaged_file_keeps_it(setup: Setup, file: Path) -> None:
         other = Other(setup.store.root)
         chat = other.load(file, autosave=True)
         assert chat.notes[-1] == f"the damaged file is kept as {name}"
-        assert "lost: 1 turn(s) that came after it" in chat.notes
+        assert f"lost: turn 2 (a section is damaged, byte {start})" in chat.notes
+        assert "the turns after a lost one are kept, and the model does not see the lost one" in chat.notes
         assert (file.parent / name).read_bytes() == damaged
-        assert [turn.text for turn in chat.turns] == ["Red."]
+        assert [turn.text for turn in chat.turns] == ["Red.", "", "Green."]
+        assert chat.marks.dropped == {2}
         say(other, chat, "White.", "And?")
-        assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "White."]
+        assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "", "Green.", "White."]
         assert Bundle(file).lost == ()
         assert list(Bundle(file).pictures)
         chat.autosave(None)
+
+
+def test_what_comes_after_a_lost_turn_goes_on(setup: Setup, file: Path, tmp_path: Path) -> None:
+    """Pictures keep their names, new ones get others; the lost turn is not sent, and stays in its place when saved."""
+    setup.chat.autosave(file)
+    setup.ask("Red.", "What?", images=[SOURCES[0]])
+    setup.ask("Blue.", "And?", images=[SOURCES[3]])
+    start = Bundle(file).file.end
+    setup.ask("Green.", "And this?", images=[SOURCES[2]])
+    setup.ask("Yes.", "@img3 or @img1?")
+    setup.chat.forget("img1")
+    setup.chat.autosave(None)
+    data = bytearray(file.read_bytes())
+    data[data.rindex(b"Blue.", 0, start)] ^= 1
+    file.write_bytes(data)
+    other = Other(tmp_path / "other")
+    chat = other.load(file, autosave=True)
+    assert [turn.text for turn in chat.turns] == ["Red.", "", "Green.", "Yes."]
+    assert [turn.usage for turn in chat.turns][2:] == [turn.usage for turn in setup.chat.turns][2:]
+    assert ([image.id for image in chat.images], chat.marks.dropped) == (["img1", "img3"], {2})
+    assert chat.marks.forms == {"img1": "line"}
+    assert say(other, chat, "Yes.", "And now?", images=[SOURCES[4]]) == "Yes."
+    assert chat.images[-1].id == "img4"
+    assert "lost" not in str(chat.prompt().text) if hasattr(chat.prompt(), "text") else True
+    third = Other(tmp_path / "third").load(file)
+    assert third.notes == ()
+    same_turns(chat, third)
+    assert third.marks == chat.marks
+
+
+@pytest.mark.parametrize("place", ["header", "data"])
+def test_a_lost_picture_costs_itself_only(setup: Setup, file: Path, tmp_path: Path, place: str) -> None:
+    """Where the store or the file has its embeddings, it is still seen."""
+    setup.ask("Red.", "What?", images=[SOURCES[0]])
+    setup.ask("Blue.", "And?", images=[SOURCES[3]])
+    for embeddings in (False, True):
+        setup.chat.save(file, embeddings=embeddings)
+        data = bytearray(file.read_bytes())
+        data[data.index(b"PICT") if place == "header" else data.index(SOURCES[0]) + 20] ^= 1
+        file.write_bytes(data)
+        for root in (setup.store.root, tmp_path / f"other{embeddings}"):
+            other = Other(root)
+            chat = other.load(file)
+            assert [turn.text for turn in chat.turns] == ["Red.", "Blue."]
+            assert "lost: the picture img1" in chat.notes
+            if embeddings or root == setup.store.root:
+                assert say(other, chat, "Yes.", "And now?") == "Yes."
+            else:
+                with pytest.raises(BundleError, match="img1 .*the picture is not in"):
+                    say(other, chat, "Yes.", "And now?")
 
 
 def test_resume_writes_a_file_of_waste_anew(setup: Setup, file: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_file_cut_at_any_length_has_the_sections_before(tmp_path: Path) -> Non
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """A section whose inside is damaged is passed over; after a damaged header nothing more is read."""
+    """And costs the section that it is in, no other."""
     path = tmp_path / "file"
     write(path, SMALL)
     whole, bounds = path.read_bytes(), starts(SMALL)
@@ -117,11 +117,82 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         hit = sum(start <= bit // 8 for start in bounds) - 1
         in_header = bit // 8 - bounds[hit] < SECTION_HEAD_BYTES
         content, (damage,) = read(path)
-        assert content == (SMALL[:hit] if in_header else SMALL[:hit] + SMALL[hit + 1 :])
+        assert content == SMALL[:hit] + SMALL[hit + 1 :]
         assert not damage.torn
+        assert damage.at == bounds[hit]
+        if in_header:
+            assert damage.end == (bounds[hit + 1] if hit + 1 < len(SMALL) else None)
         if damage.values is not None:
             assert damage.values == SMALL[hit][1]
             assert damage.why == "a section's data is damaged"
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_section_within_another_is_none(tmp_path: Path) -> None:
+    """Whether the outer one's map, its data or nothing is damaged; once its header is, nobody knows where it ends."""
+    path = tmp_path / "file"
+    inner = b"".join(pack("TURN", {"n": 1}, b"inner"))
+    content: Content = [("PICT", {"id": inner}, b"x" + inner * 2 + b"y"), SMALL[0]]
+    write(path, content)
+    assert read(path) == (content, [])
+    whole, at = path.read_bytes(), starts(content)
+    for place in (at[0] + SECTION_HEAD_BYTES + 1, at[1] - 1):
+        path.write_bytes(whole)
+        flip(path, place)
+        assert read(path)[0] == [SMALL[0]]
+    path.write_bytes(whole)
+    flip(path, at[0] + 5)
+    found, damages = read(path)
+    assert found == [("TURN", {"n": 1}, b"inner")] * 3 + [SMALL[0]]
+    assert [damage.end is not None for damage in damages] == [True] * 3
+
+
+def test_a_header_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    """Also across the blocks in which it is searched."""
+    path = tmp_path / "file"
+    for n_bytes in [*range(1, 40), *range(200, 300), 256 + 512]:
+        write(path, [("LOST", {}, b"A" * n_bytes), *SMALL])
+        flip(path, HEAD_BYTES)
+        assert read(path)[0] == SMALL
+
+
+def test_a_search_reads_every_byte_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all of the file is like headers, with right checksums or not, whose sections overlap."""
+    near = b"AAAA\0\0\0\1" + bytes(8)
+    long = raw(b"LONG", b"", n_data=100_000)  # each reaches far over the next ones
+    beyond = raw(b"LONG", b"", n_data=500 << 20)  # and each of these over the file's end
+    read_bytes, tried = [0], [0]
+    real, real_crc = SectionFile._read, zlib.crc32
+
+    def counted(self: SectionFile, at: int, n_bytes: int) -> bytes:
+        data = real(self, at, n_bytes)
+        read_bytes[0] += len(data)
+        return data
+
+    def crc(data: Any, value: int = 0) -> int:
+        tried[0] += len(data)
+        return real_crc(data, value)
+
+    monkeypatch.setattr(SectionFile, "_read", counted)
+    short = b"x" + raw(b"TINY", b"")
+    many = (near * 30_000, long * 20_000, beyond * 20_000, (near + long + beyond) * 8000, short * 3000)
+    for garbage in many:
+        path = tmp_path / "file"
+        write(path, [])
+        with path.open("ab") as file:
+            file.write(b"x" + garbage + b"".join(pack(*SMALL[2])))
+        n_bytes, read_bytes[0], tried[0] = path.stat().st_size, 0, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sections.zlib, "crc32", crc)
+            found = list(SectionFile.open(path).scan())
+        assert isinstance(found[-1], Section) or b"LONG" in garbage
+        assert read_bytes[0] < 15 * n_bytes
+        assert tried[0] < 15 * n_bytes
 
 
 @given(st.binary(max_size=80))

@@ -62,6 +62,7 @@ def _to_json(bundle: Bundle) -> dict[str, object]:
             for image in images
         ],
         "lost": list(bundle.lost),
+        "gaps": list(bundle.gaps),
         "torn": bundle.torn,
     }
 
@@ -74,10 +75,14 @@ def _print(bundle: Bundle) -> None:
         print(f"system    {_indented(record.settings.system, 10)}")
     if record.settings.sampling:
         print(f"sampling  {visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
-    print(f"holds     {len(record.turns)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
+    print(f"holds     {len(record.turns) - len(bundle.gaps)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
           f"{len(bundle.keys)} embeddings")  # fmt: skip
+    gaps = set(bundle.gaps)
     for number, turn in enumerate(record.turns, 1):
         print()
+        if number in gaps:
+            print(f"{f'{number}.':5} (lost)")
+            continue
         for i, part in enumerate(turn.parts):
             text = part if isinstance(part, str) else f"[{_about(bundle, part)}]"
             print(f"{f'{number}.' if i == 0 else '':5} {_indented(text, 6)}")
