@@ -24,9 +24,9 @@ A turn that is lost between others leaves a gap: a turn that says so stands in i
 their numbers, and with them what was pinned, dropped and returned.  Later turns can stand without it: each holds its
 own text, tokens and pictures with their names, and a conversation knows turns that are not sent any more, which is what
 the gap becomes when it goes on (mmchat.saving).  So going on keeps the later turns; the model does not see the lost
-one, as if it had gone to make room.  A new picture is named after the highest name that is there, so no later turn's picture
-changes its name; a lost picture's name may be given again where no later one is known.  A picture whose file is lost
-costs that file alone.
+one, as if it had gone to make room.  A new picture is named after the highest name that is there, so no later turn's
+picture changes its name; a lost picture's name may be given again where no later one is known.  A picture whose file
+is lost costs that file alone.
 
 This module knows files and values: no model, no tokenizer, no session.
 """
