@@ -23,10 +23,10 @@ Whatever is not whole, or not what belongs there, is left out and told in `lost`
 A turn that is lost between others leaves a gap: a turn that says so stands in its place (`gaps`), so that turns keep
 their numbers, and with them what was pinned, dropped and returned.  Later turns can stand without it: each holds its
 own text, tokens and pictures with their names, and a conversation knows turns that are not sent any more, which is what
-the gap becomes when it goes on (mmchat.saving).  So going on keeps the later turns; the model does not see the lost one,
-as if it had gone to make room.  A new picture is named after the highest name that is there, so no later turn's picture
-changes its name; a lost picture's name may be given again where no later one is known.  A picture whose file is lost
-costs that file alone.
+the gap becomes when it goes on (mmchat.saving).  So going on keeps the later turns; the model does not see the lost
+one, as if it had gone to make room.  A new picture is named after the highest name that is there, so no later turn's
+picture changes its name; a lost picture's name may be given again where no later one is known.  A picture whose file
+is lost costs that file alone.
 
 This module knows files and values: no model, no tokenizer, no session.
 """
@@ -60,7 +60,7 @@ _ID = re.compile(r"img[1-9][0-9]{0,8}")
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_OR_NONE = re.compile(r"([0-9a-f]{64})?")
-# A section with the shortest turn is longer: a gap is of no more turns than the bytes before it had room for, and a few.
+# The shortest turn takes more: a gap is of no more turns than the bytes before it had room for, and a few.
 _LEAST_TURN_BYTES, _FEW_TURNS = 88, 256
 _MOST_LOSSES = 64  # that one gap can be told to come from
 # Below this much a file is not worth writing anew, however much of it is waste.
@@ -144,6 +144,7 @@ class SavedRecord:
         return [image for turn in self.turns for image in turn.images]
 
 
+# What stands in the place of one.
 LOST_TURN = SavedTurn(("(This turn was lost: the file it was saved in is damaged.)",), "", (), "cancelled", {})
 
 

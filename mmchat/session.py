@@ -418,7 +418,8 @@ class Session:
         for image in self.images:
             if image.id == name:
                 return image
-        known = f"they are {self.images[0].id} to {self.images[-1].id}" if self._turns and self.images else "there is none yet"
+        images = self.images
+        known = f"they are {images[0].id} to {images[-1].id}" if images else "there is none yet"
         raise SessionError(f"there is no picture {name!r}: {known}")
 
     # Preparing
