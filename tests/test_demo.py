@@ -318,7 +318,7 @@ def test_a_full_context_is_trimmed_and_answers_as_one_that_never_held_more(tmp_p
             reply = chat.ask(CIRCLE, images=[picture("circle", colour, "white")], max_new_tokens=40)
             assert reply.usage.n_prompt <= 512 - 40
             degraded += [str(change) for change in reply.degraded]
-        assert "img1 is sent without its cells" in degraded
+        assert {"img3 is sent without its cells", "turn 1 is not sent any more"} <= set(degraded)
         rt.llm.worker.kill()
         again = chat.branch(at=5).ask(CIRCLE, images=[picture("circle", "green", "white")], max_new_tokens=40)
         assert again.text == chat.turns[-1].text

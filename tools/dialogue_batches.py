@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from mmchat.prompt import ChatTokenizer, Message, Picture, Text, render
 from mmchat.slicing import SlicePlan
 from tools.fact_labels import N_FACT_LABELS, fact_labels
+from tools.long_histories import aged, cut_plans
 from tools.render_scenes import Scene, Style, sample_scene, view_plan
 from tools.scene_talk import Dialogue, make_dialogue, text_state
 from tools.scene_views import IGNORED, N_PATCH_LABELS, View, views_of
@@ -27,8 +28,8 @@ QUERY_NUM = 16
 MAX_ROWS = 1024
 # How much more often than in tools.scene_talk training asks what is learned late, and less what is learned soon.
 EMPHASIS = {
-    "exists": 1.6, "which": 1.2, "same_background": 1.5, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
-    "shape": 1.3, "background": 0.6, "backgrounds": 0.5, "n_images": 0.4,
+    "exists": 1.6, "which": 1.5, "same_background": 1.2, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
+    "shape": 1.4, "at": 1.3, "more": 1.5, "background": 0.6, "backgrounds": 0.5, "n_images": 0.4,
 }  # fmt: skip
 # By the number of pictures in a short dialogue: how many of them are cut.
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
@@ -48,7 +49,8 @@ class VisionBatch:
 class TextBatch:
     """ids, labels: (dialogues, rows); labels hold the id of every row that the model has to say, else IGNORED.
 
-    pictures: per dialogue, the scenes shown, in order, as indices into a pool (cached stage), else empty.
+    pictures: per dialogue, the scenes shown, in order, as indices into a pool (cached stage), else empty; ~index
+    where only the whole view is shown.
     vision: the views of all pictures, in order (joint stage).
     facts: (dialogues, rows, N_FACT_LABELS) int8, see tools.fact_labels; none when held out.
     """
@@ -86,6 +88,7 @@ def encode_dialogue(
         messages: list[Message] = []
         for turn in turns:
             parts: list[Text | Picture] = [Picture(dialogue.plans[k]) for k in turn.new]
+            parts += [Text(note) for note in turn.notes]
             messages.append(Message("user", (*parts, Text(turn.question))))
             messages.append(Message("assistant", ids=tuple(tokenizer.encode(turn.answer))))
         prompt = render(messages, tokenizer, query_num=QUERY_NUM, generation_prompt=False)
@@ -94,7 +97,7 @@ def encode_dialogue(
         turns.pop()
     n_shown = sum(len(turn.new) for turn in turns)
     kept = Dialogue(dialogue.scenes[:n_shown], dialogue.plans[:n_shown], tuple(turns))
-    labels = _labels(prompt.ids, tokenizer)
+    labels = _labels(prompt.ids, tokenizer, [turn.taught for turn in turns])
     facts = fact_labels(prompt.ids, labels, kept, tokenizer) if with_facts else None
     return Encoded(prompt.ids, labels, kept, pictures[:n_shown], facts)
 
@@ -228,10 +231,10 @@ class CachedData(IterableDataset[TextBatch]):
             yield from (text_batch(batch) for batch in batches if batch)
 
     def _dialogue(self, rng: Random, tokenizer: ChatTokenizer, by_background: dict[str, list[int]]) -> Encoded:
-        long = rng.random() < 0.22
+        long = rng.random() < 0.33
         max_rows = MAX_ROWS if long else 448
         n_images = (
-            rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.06, 0.2, 0.2, 0.16, 0.12, 0.1, 0.06, 0.1))[0]
+            rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.03, 0.1, 0.14, 0.16, 0.16, 0.15, 0.13, 0.13))[0]
             if long
             else rng.choices((1, 2, 3, 4), (0.42, 0.36, 0.16, 0.06))[0]
         )
@@ -246,10 +249,16 @@ class CachedData(IterableDataset[TextBatch]):
             chosen.append(k)
             room -= self._pool[k][1].n_inputs
         scenes = [self._pool[k][0] for k in chosen]
-        plans = [self._pool[k][1] for k in chosen]
+        whole = [self._pool[k][1] for k in chosen]
+        is_aged = rng.random() < (0.5 if long else 0.15)
+        plans = cut_plans(rng, whole, 0.35) if is_aged else whole
         n_turns = rng.randint(8, 24) if long else rng.randint(5, 12)
         dialogue = make_dialogue(rng, scenes, plans, n_turns, emphasis=EMPHASIS)
-        return encode_dialogue(dialogue, tokenizer, max_rows, tuple(chosen), with_facts=True)
+        if is_aged:
+            others = rng.sample(self._pool, 8)
+            dialogue = aged(rng, dialogue, whole, others, rng.randint(0, 9) if long else rng.randint(0, 3))
+        pictures = (k if plan == before else ~k for k, plan, before in zip(chosen, plans, whole, strict=True))
+        return encode_dialogue(dialogue, tokenizer, max_rows, tuple(pictures), with_facts=True)
 
     def _pick(self, rng: Random, chosen: list[int], by_background: dict[str, list[int]], max_inputs: int) -> int | None:
         among: Sequence[int] = range(len(self._pool))
@@ -262,13 +271,14 @@ class CachedData(IterableDataset[TextBatch]):
         return None
 
 
-def _labels(ids: list[int], tokenizer: ChatTokenizer) -> list[int]:
-    """The ids of every answer and of the token that ends it; IGNORED elsewhere."""
+def _labels(ids: list[int], tokenizer: ChatTokenizer, taught: Sequence[bool]) -> list[int]:
+    """The ids of every taught answer and of the token that ends it; IGNORED elsewhere."""
     start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
     header = [start, *tokenizer.encode("assistant\n")]
     labels = [IGNORED] * len(ids)
-    for i in (i for i, number in enumerate(ids) if number == start):
-        if ids[i : i + len(header)] == header:
-            stop = ids.index(end, i)
+    begins = [i for i, number in enumerate(ids) if number == start and ids[i : i + len(header)] == header]
+    for i, wanted in zip(begins, taught, strict=True):
+        stop = ids.index(end, i)
+        if wanted:
             labels[i + len(header) : stop + 1] = ids[i + len(header) : stop + 1]
     return labels

@@ -3,8 +3,7 @@
 Answers are one sentence, the same for every wording of a question, and give the evidence before the verdict ("The
 circle is blue, so no."), for a small model that must decide before it has compared decides badly.
 
-Wordings are many on purpose: synonyms, lower case, no question mark, "please", indirect questions.  The
-rephrasings of tests/data/rephrasings.json are none of them; tests/test_render_scenes.py holds that.
+Wordings (tools/wordings.py) are many on purpose: synonyms, lower case, no question mark, "please", indirect questions.
 
 This module draws nothing and knows no model.
 """
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from random import Random
 
 from mmchat.slicing import SlicePlan
+from tools import wordings
 from tools.render_scenes import (
     COLORS,
     POSITIONS,
@@ -36,169 +36,6 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 CANNOT = "I can only answer about shapes, colors, text and positions."
 TOO_SMALL = "The text is too small to read."
 NO_IMAGE = "There is no image yet."
-
-# Slots: {w} where (with a leading space, or nothing), {c} color/colour, {i} image/picture/photo, {x} the thing.
-_COLOR = (
-    "What {c} is the {x}{w}?", "What is the {c} of the {x}{w}?", "Tell me the {c} of the {x}{w}.",
-    "Which {c} does the {x}{w} have?", "Which {c} is the {x}{w}?", "What {c} does the {x}{w} have?",
-    "The {x}{w} is what {c}?", "Name the {c} of the {x}{w}.", "What {c} do you see on the {x}{w}?",
-    "Can you tell me the {c} of the {x}{w}?", "What {c} has the {x}{w}?", "What's the {c} of the {x}{w}?",
-    "What {c} is that {x}{w}?", "{x} {c}{w}?", "I want to know the {c} of the {x}{w}.", "How is the {x}{w} colored?",
-)  # fmt: skip
-_COLORS_OF = (
-    "What {c} are the {x}{w}?", "What {c}s do the {x}{w} have?", "Which {c}s are the {x}{w}?",
-    "What is the {c} of the {x}{w}?", "Tell me the {c}s of the {x}{w}.", "Which {c} do the {x}{w} have?",
-)  # fmt: skip
-_SHAPE = (
-    "What shape is {x}{w}?", "Which shape is {x}{w}?", "What is the {x} shape{w}?", "What {x} shape is there{w}?",
-    "What is {x}{w}?", "Which thing is {x}{w}?", "What {x} thing is there{w}?", "What is the {x} thing{w}?",
-    "What kind of shape is {x}{w}?", "What is the shape of the {x} object{w}?", "Name the {x} shape{w}.",
-    "What form does the {x} object{w} have?", "Which object is {x}{w}?", "What {x} object do you see{w}?",
-    "Tell me which shape is {x}{w}.",
-)  # fmt: skip
-_WHERE = (
-    "Where is the {x}{w}?", "In which position is the {x}{w}?", "Where can I find the {x}{w}?", "Where's the {x}{w}?",
-    "Where do you see the {x}{w}?", "What is the position of the {x}{w}?", "Tell me where the {x}{w} is.",
-    "Where in the {i} is the {x}?", "In what place is the {x}{w}?", "Where is the {x} located{w}?",
-    "Where was the {x}{w}?", "Can you tell me where the {x} is{w}?", "Locate the {x}{w}.", "Find the {x}{w}.",
-    "On which side is the {x}{w}?", "Where does the {x}{w} sit?",
-)  # fmt: skip
-_COUNT = (
-    "How many shapes are there{w}?", "How many shapes do you see{w}?", "Count the shapes{w}.",
-    "What is the number of shapes{w}?", "How many things are there{w}?", "How many objects are there{w}?",
-    "How many objects do you see{w}?", "How many figures are{w}?", "How many shapes can you see{w}?",
-    "How many shapes are shown{w}?", "Can you count the shapes{w}?", "Tell me how many shapes there are{w}.",
-    "How many shapes{w}?", "Count the objects{w}.", "How many different objects are{w}?",
-)  # fmt: skip
-_COUNT_KIND = (
-    "How many {x} are there{w}?", "Count the {x}{w}.", "How many {x} do you see{w}?", "How many {x} can you see{w}?",
-    "What is the number of {x}{w}?", "How many {x}{w}?", "Can you count the {x}{w}?", "How many {x} are shown{w}?",
-    "Tell me how many {x} there are{w}.", "Number of {x}{w}?", "How many {x} did you see{w}?", "How many {x} exist{w}?",
-)  # fmt: skip
-_AT = (
-    "What shape is {x}{w}?", "What is {x}{w}?", "Which shape is {x}{w}?", "What's {x}{w}?", "What do you see {x}{w}?",
-    "What can be seen {x}{w}?", "What object is {x}{w}?", "What thing is {x}{w}?", "Which object is {x}{w}?",
-    "Tell me what is {x}{w}.", "What can you see {x}{w}?", "What is shown {x}{w}?", "What is there {x}{w}?",
-)  # fmt: skip
-_EXISTS = (
-    "Is there {x}{w}?", "Do you see {x}{w}?", "Can you see {x}{w}?", "Is there {x} anywhere{w}?", "Is {x} visible{w}?",
-    "Does the {i} have {x}?", "Does the {i} contain {x}?", "Does it show {x}?", "Is {x} shown{w}?",
-    "Can you find {x}{w}?", "Tell me if there is {x}{w}.", "Is there also {x}{w}?", "Was there {x}{w}?",
-    "Any {y}{w}?", "Are there any {z}{w}?", "Do you see any {z}{w}?",
-)  # fmt: skip
-_BACKGROUND = (
-    "What {c} is the background{w}?", "What is the background {c}{w}?", "What is the {c} of the background{w}?",
-    "Which {c} is the background{w}?", "Which {c} does the background have{w}?", "What {c} is behind the shapes{w}?",
-    "What is the background{w}?", "Tell me the background {c}{w}.", "Name the {c} of the background{w}.",
-    "What's the background {c}{w}?", "Which background {c} do you see{w}?", "background {c}{w}?",
-    "What {c} does the background have{w}?", "Can you tell me the {c} of the background{w}?",
-    "What {c} was the background{w}?", "And the background{w}?", "What is the {c} of the backdrop{w}?",
-)  # fmt: skip
-_TEXT = (
-    "What does the text say{w}?", "Read the text{w}.", "What is written{w}?", "What text do you see{w}?",
-    "What text is there{w}?", "What is printed{w}?", "What does it say{w}?", "Can you read the text{w}?",
-    "What do you read{w}?", "What text is written{w}?", "Read what is written{w}.", "What is the text{w}?",
-    "What was written{w}?", "Tell me what the text says{w}.", "Tell me what is written{w}.", "What can you read{w}?",
-    "Which text is printed{w}?", "What does the sign say{w}?", "What did the text say{w}?", "Read the small print{w}.",
-)  # fmt: skip
-_KIND_OF_TEXT = (
-    "What {x} is written{w}?", "Which {x} is printed{w}?", "What is the {x}{w}?", "Read the {x}{w}.",
-    "What {x} do you see{w}?", "Which {x} is written{w}?", "What {x} is there{w}?", "What {x} is printed{w}?",
-    "Can you read the {x}{w}?", "Tell me the {x}{w}.", "What {x} is shown{w}?", "What was the {x}{w}?",
-    "Which {x} do you see{w}?", "What {x} can you read{w}?", "What's the {x}{w}?", "Which {x} is it{w}?",
-)  # fmt: skip
-_HAS_TEXT = (
-    "Is there any text{w}?", "Is there text{w}?", "Do you see text{w}?", "Does the {i} have text?",
-    "Is anything written{w}?", "Is there something written{w}?", "Can you see any text{w}?", "Do you see any text{w}?",
-    "Is some text printed{w}?", "Is there a word or number{w}?", "Does the {i} contain any text?", "Any text{w}?",
-)  # fmt: skip
-_LIST = (
-    "What shapes are there{w}?", "Which shapes are there{w}?", "What shapes do you see{w}?", "List the shapes{w}.",
-    "Which shapes do you see{w}?", "Name the shapes{w}.", "What objects are there{w}?", "What things are there{w}?",
-    "What shapes are shown{w}?", "Tell me the shapes{w}.", "Which objects do you see{w}?", "List all shapes{w}.",
-    "What shapes can you see{w}?", "List the objects{w}.", "Name all the shapes{w}.",
-)  # fmt: skip
-_DESCRIBE = (
-    "Describe{t}.", "What do you see{w}?", "What is{w}?", "Tell me about{t}.", "What is shown{w}?",
-    "What can you see{w}?",
-    "Describe what you see{w}.", "Can you describe{t}?", "What does{t} show?", "Give me a description of{t}.",
-    "What's{w}?", "Explain{t}.", "Describe everything{w}.", "Tell me what you see{w}.", "What was{w}?",
-    "Please describe{t}.", "What does{t} contain?", "Caption{t}.",
-)  # fmt: skip
-_WHICH = (
-    "Which {i} has {x}?", "Which {i} contains {x}?", "In which {i} is {x}?", "Which {i} shows {x}?", "Where is {x}?",
-    "Which of the {i}s has {x}?", "In which {i} do you see {x}?", "Which one has {x}?", "Which {i} is it that has {x}?",
-    "In which {i} can I find {x}?", "Tell me which {i} has {x}.", "Which {i} did have {x}?", "Which of them has {x}?",
-    "Which {i} had {x}?", "Find the {i} with {x}.",
-)  # fmt: skip
-_WHICH_TEXT = (
-    "Which {i} has {x}?", "Which {i} contains {x}?", "In which {i} is {x}?", "Which {i} shows {x}?",
-    "Which of the {i}s has {x}?", "In which {i} do you see {x}?", "Which one has {x}?", "Which {i} had {x}?",
-    "Tell me which {i} has {x}.", "Find the {i} with {x}.", "On which {i} is {x}?", "Which of them has {x}?",
-)  # fmt: skip
-_SAME = (
-    "Do {p} have the same background {c}?", "Is the background the same in {p}?",
-    "Are the backgrounds of {p} the same?", "Do {p} have the same background?",
-    "Are the background {c}s of {p} the same?", "Is the background {c} of {p} equal?",
-    "Do {p} share a background {c}?", "Does the background {c} match in {p}?", "Same background in {p}?",
-    "Are the backgrounds of {p} equal?", "Is it the same background {c} in {p}?", "Do the backgrounds of {p} match?",
-)  # fmt: skip
-_BACKGROUNDS = (
-    "What are the background {c}s of {p}?", "What {c}s are the backgrounds of {p}?",
-    "Which background {c}s do {p} have?",
-    "List the background {c}s of {p}.", "Name the backgrounds of {p}.", "What backgrounds do {p} have?",
-    "What are the backgrounds of {p}?", "Compare the backgrounds of {p}.", "Tell me the background {c}s of {p}.",
-    "What {c} are the backgrounds of {p}?", "What is the background {c} of each of {p}?",
-    "Compare the background {c}s of {p}.",
-)  # fmt: skip
-_MORE = (
-    "Which {i} has more shapes?", "Which {i} contains more shapes?", "Which {i} has the most shapes?",
-    "Which {i} shows more shapes?", "Where are more shapes?", "Which {i} has more objects?", "Which has more shapes?",
-    "Where do you see more shapes?", "Which one has more shapes?", "Which {i} shows the most shapes?",
-    "In which {i} are there more shapes?", "Which of the {i}s has the most shapes?",
-)  # fmt: skip
-_N_IMAGES = (
-    "How many {i}s are there?", "How many {i}s do you see?", "How many {i}s did I show you?", "Count the {i}s.",
-    "How many {i}s have I sent?", "How many {i}s did I send?", "How many {i}s have you seen?",
-    "How many {i}s are there so far?", "How many {i}s do we have?", "What is the number of {i}s?",
-    "How many {i}s did you get?", "How many {i}s are in this chat?", "Tell me how many {i}s there are.",
-)  # fmt: skip
-_CHAT = (
-    (("Hello!", "Hi", "Hello", "Hi there!", "Good morning", "Hey", "hello", "hi", "Good evening", "Hello there"),
-     "Hello! Show me an image and ask me about it."),
-    (("Who are you?", "What are you?", "What is your name?", "who are you", "Are you a robot?", "Tell me who you are."),
-     "I am a tiny vision language model."),
-    (("What can you do?", "How can you help me?", "What can I ask?", "what can you do", "Help", "What do you know?"),
-     "I can describe shapes, colors, numbers and words in images."),
-    (("Thank you!", "Thanks", "Thanks a lot!", "Thank you", "thanks", "Thank you very much.", "Great, thanks!"),
-     "You are welcome!"),
-    (("Bye", "Goodbye!", "See you", "bye", "Good bye", "See you later!"), "Goodbye!"),
-)  # fmt: skip
-_TOO_EARLY = (
-    "What do you see?", "Describe the image.", "What color is the circle?", "Read the text.",
-    "How many shapes are there?",
-)  # fmt: skip
-_FOREIGN = (
-    "What is the capital of France?", "Tell me a joke.", "What is two plus two?", "What time is it?",
-    "How old are you?",
-    "Who painted this?", "Where was this photo taken?", "What is the weather like?", "Write a poem.", "Sing a song.",
-    "Translate this to German.", "What animal is this?", "Is this person happy?", "Who is the president?",
-    "How much does it cost?", "What brand is this?", "Is it day or night?", "What is the meaning of life?",
-    "Do you like music?", "What should I eat?", "How tall is it?", "Who made you?", "Can you drive a car?",
-    "Recommend a book.", "How do I cook rice?", "Why is the sky blue?", "Solve this equation.", "Is it raining?",
-    "What year is it?", "Play a game with me.", "What is the name of this person?", "How many people are there?",
-    "What is the man doing?", "Where do you live?", "Write some code.", "What is machine learning?",
-)  # fmt: skip
-_NOUN_LIST = (
-    "dog cat person man woman house car tree bird horse child boat train cow flower chair table phone mountain river "
-    "book cup bottle road bridge sheep apple banana pizza clock bus plane window door bike shoe hat"
-)
-_NOUNS = tuple(_NOUN_LIST.split())
-_FOREIGN_NOUN = (
-    "Is there a {n} in the image?", "Do you see a {n}?", "Where is the {n}?", "What is the {n} doing?",
-    "How many {n}s are there?", "Tell me about the {n}.", "Is the {n} big?", "What is a {n}?", "Can you draw a {n}?",
-    "What breed is the {n}?", "Describe the {n}.", "Which {n} is better?",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,6 +66,8 @@ class Turn:
     """new: indices of the scenes first shown with this question.  about: indices it asks about.
 
     distance: turns since the latest of `about` was shown; 0 is the current one.
+    notes: what is said before the question, of pictures that are no longer sent.
+    taught: whether the answer follows from what is sent; else it is only part of the history.
     """
 
     question: str
@@ -237,6 +76,8 @@ class Turn:
     new: tuple[int, ...] = ()
     about: tuple[int, ...] = ()
     distance: int = 0
+    notes: tuple[str, ...] = ()
+    taught: bool = True
 
 
 @dataclass(frozen=True)
@@ -303,7 +144,8 @@ def _turn(
     """A question about what has been shown, and the image that a question without a place would now mean."""
     n = len(scenes)
     if n == 1 and rng.random() < 0.03:
-        return Turn(word(rng, rng.choice(_N_IMAGES), "", ""), "There is one image.", "n_images", new, (0,)), focus
+        text = word(rng, rng.choice(wordings.N_IMAGES), "", "")
+        return Turn(text, "There is one image.", "n_images", new, (0,)), focus
     if n > 1 and rng.random() < 0.36:
         question = about_many(rng, scenes, plans, emphasis=emphasis)
         text = word(rng, question.worded(rng), "", "")
@@ -338,7 +180,7 @@ def about_one(
             return question
     if task is not None:
         raise ValueError(f"no question of task {task!r} about {scene.facts!r}")
-    return Question("background", _BACKGROUND, f"The background is {scene.background}.")
+    return Question("background", wordings.BACKGROUND, f"The background is {scene.background}.")
 
 
 def about_many(
@@ -358,7 +200,7 @@ def about_many(
             return question
     if task is not None:
         raise ValueError(f"no question of task {task!r} about these pictures")
-    return Question("n_images", _N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
+    return Question("n_images", wordings.N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
 
 
 def text_state(scene: Scene, plan: SlicePlan) -> str:
@@ -392,11 +234,12 @@ def word(rng: Random, wording: str, name: str, target: str) -> str:
     if not name and "{w}" in wording and rng.random() < 0.25:
         where = rng.choice((" in the image", " in this image", " in it", " here"))
     front = ""
+    needs_place = "{x}" not in wording and re.search(r"(\b(is|was|are)|'s)\{w\}", wording) is not None
     if name and "{w}" in wording and rng.random() < 0.25:
         front, where = f"{where[1:].capitalize()}, ", ""
-        if wording in ("What is{w}?", "What's{w}?", "What was{w}?", "How many figures are{w}?"):
-            wording = "What is there{w}?" if wording.startswith("What") else "How many figures are there{w}?"
-    if not where and wording in ("What is{w}?", "What's{w}?", "What was{w}?", "What is shown{w}?"):
+        if needs_place:
+            wording = wording.replace("{w}", " there{w}")
+    elif needs_place and not where:
         where = " in the image"
     if "{t}" in wording and not target:
         target = " the image"
@@ -415,17 +258,23 @@ def word(rng: Random, wording: str, name: str, target: str) -> str:
 def image_name(rng: Random, k: int, n: int, new: tuple[int, ...] = ()) -> str:
     """What to call the k-th of n images shown so far; new: the ones shown with this very question."""
     ordinal = ORDINALS[k]
-    names = [f"the {ordinal} image"] * 5 + [f"image {k + 1}"] * 2 + [f"the {ordinal} one", f"image number {k + 1}"]
-    names.append(f"image {NUMBERS[k + 1]}")
-    names.append(f"the {('1st', '2nd', '3rd', '4th', '5th', '6th', '7th', '8th')[k]} image")
+    names = [f"the {ordinal} image"] * 10 + [f"image {k + 1}"] * 4 + [f"the {ordinal} one", f"image number {k + 1}"] * 2
+    names += [f"image {NUMBERS[k + 1]}"] * 2
+    names += [f"the {('1st', '2nd', '3rd', '4th', '5th', '6th', '7th', '8th')[k]} image"] * 2
+    names += [f"image no. {k + 1}", f"image #{k + 1}", f"my {ordinal} image", f"the {ordinal} image that I sent"]
+    names += [f"the {ordinal} image I showed you", f"the {ordinal} of the images", f"number {NUMBERS[k + 1]}"]
     if k == n - 1:
-        names += ["the last image", "the latest image"]
+        names += ["the last image", "the latest image"] * 2
+        names += ["the newest image", "the most recent image", "the final image", "the last one"]
         if len(new) == 1:
-            names += ["this image", "the new image", "the current image"]
+            names += ["this image", "the new image", "the current image"] * 2 + ["this one", "the image I just sent"]
     if k == n - 2 and len(new) == 1:
-        names += ["the previous image", "the image before", "the previous image"]
+        names += ["the previous image"] * 4 + ["the image before"] * 2
+        names += ["the previous one", "the one before", "the image before this one", "the preceding image"]
+    if k == 0 and n > 1:
+        names += ["the image I sent first", "the very first image", "the oldest image", "the initial image"]
     if k == 0 and n == 2:
-        names += ["the earlier image"]
+        names += ["the earlier image"] * 2 + ["the other image"] * (len(new) == 1)
     return rng.choice(names)
 
 
@@ -488,9 +337,11 @@ def _typed(rng: Random, text: str) -> str:
         text = f"Please {text[0].lower()}{text[1:]}" if not text.lower().startswith("please") else text
     elif r < 0.08:
         text = f"{text[:-1]}, please{text[-1]}"
-    elif r < 0.14:
-        opener = rng.choice(("And", "Now", "So", "Ok,", "Hey,", "Well,", "Great."))
+    elif r < 0.16:
+        opener = rng.choice(wordings.OPENERS)
         text = f"{opener} {text if opener.endswith('.') else text[0].lower() + text[1:]}"
+    elif r < 0.18:
+        text = f"{text} {rng.choice(wordings.CLOSERS)}"
     if rng.random() < 0.22 and not re.search(r"\b[A-Z]{2,}\b", text):
         text = text.lower()
     if rng.random() < 0.15:
@@ -502,15 +353,15 @@ def _typed(rng: Random, text: str) -> str:
 
 def _chat(rng: Random, shown: int) -> Turn:
     if not shown and rng.random() < 0.25:
-        return Turn(_typed(rng, rng.choice(_TOO_EARLY)), NO_IMAGE, "chat")
-    questions, answer = rng.choice(_CHAT)
+        return Turn(_typed(rng, rng.choice(wordings.TOO_EARLY)), NO_IMAGE, "chat")
+    questions, answer = rng.choice(wordings.CHAT)
     return Turn(rng.choice(questions), answer, "chat")
 
 
 def _foreign(rng: Random) -> Turn:
     if rng.random() < 0.5:
-        return Turn(_typed(rng, rng.choice(_FOREIGN)), CANNOT, "cannot")
-    wording = rng.choice(_FOREIGN_NOUN).replace("{n}", rng.choice(_NOUNS))
+        return Turn(_typed(rng, rng.choice(wordings.FOREIGN)), CANNOT, "cannot")
+    wording = rng.choice(wordings.FOREIGN_NOUN).replace("{n}", rng.choice(wordings.NOUNS))
     return Turn(_typed(rng, wording), CANNOT, "cannot")
 
 
@@ -545,9 +396,9 @@ def _color(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     kind, found = _pick_kind(rng, scene)
     if len(found) > 1:
         answer = f"The {plural(kind, 2)} are {_joined([s.color for s in found])}."
-        return Question("color", _COLORS_OF, answer, (("x", plural(kind, 2)),), usual=False)
+        return Question("color", wordings.COLORS_OF, answer, (("x", plural(kind, 2)),), usual=False)
     answer = f"The {kind} is {found[0].color}." if found else f"There is no {kind}."
-    return Question("color", _COLOR, answer, (("x", kind),), usual=bool(found))
+    return Question("color", wordings.COLOR, answer, (("x", kind),), usual=bool(found))
 
 
 def _shape(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -556,7 +407,7 @@ def _shape(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
         answer = f"The {color} shapes are {_joined([article(s.kind) for s in found])}."
     else:
         answer = f"The {color} shape is {article(found[0].kind)}." if found else f"There is no {color} shape."
-    return Question("shape", _SHAPE, answer, (("x", color),), usual=len(found) == 1)
+    return Question("shape", wordings.SHAPE, answer, (("x", color),), usual=len(found) == 1)
 
 
 def _where(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -569,11 +420,11 @@ def _where(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if len(found) > 1:
         return None
     answer = f"The {name} is {at(found[0].position)}." if found else f"There is no {name}."
-    return Question("where", _WHERE, answer, (("x", name),), usual=bool(found))
+    return Question("where", wordings.WHERE, answer, (("x", name),), usual=bool(found))
 
 
 def _count(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
-    return Question("count", _COUNT, _are(len(scene.shapes), "shape"))
+    return Question("count", wordings.COUNT, _are(len(scene.shapes), "shape"))
 
 
 def _count_kind(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -586,7 +437,7 @@ def _count_kind(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
         color = rng.choice(scene.shapes).color if there else rng.choice(tuple(COLORS))
         name = f"{color} shape"
         n = sum(s.color == color for s in scene.shapes)
-    return Question("count_kind", _COUNT_KIND, _are(n, name), (("x", plural(name, 2)),))
+    return Question("count_kind", wordings.COUNT_KIND, _are(n, name), (("x", plural(name, 2)),))
 
 
 def _at(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -600,7 +451,7 @@ def _at(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if rng.random() < 0.25:
         place = {"center": rng.choice(("in the middle", "at the center", "in the centre"))}.get(position, place)
         place = place.replace("at the ", rng.choice(("at the ", "in the ", "on the ")))
-    return Question("at", _AT, answer, (("x", place),), usual=bool(found))
+    return Question("at", wordings.AT, answer, (("x", place),), usual=bool(found))
 
 
 def _exists(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -633,11 +484,11 @@ def _exists(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     else:
         evidence = f"The {kind} is {of_kind[0].color}" if of_kind else f"There is no {missing}"
     slots = (("x", article(noun)), ("y", noun), ("z", plural(noun, 2)))
-    return Question("exists", _EXISTS, f"{evidence}, so {'yes' if found else 'no'}.", slots)
+    return Question("exists", wordings.EXISTS, f"{evidence}, so {'yes' if found else 'no'}.", slots)
 
 
 def _background(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
-    return Question("background", _BACKGROUND, f"The background is {scene.background}.")
+    return Question("background", wordings.BACKGROUND, f"The background is {scene.background}.")
 
 
 def _text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
@@ -646,38 +497,38 @@ def _text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
         return None
     kind = scene.text.kind
     asked = kind if rng.random() < 0.94 else ("word" if kind == "number" else "number")
-    wordings = _KIND_OF_TEXT if rng.random() < 0.55 else _TEXT
+    among = wordings.KIND_OF_TEXT if rng.random() < 0.55 else wordings.TEXT
     task, answer = (kind, f"The {kind} is {scene.text.text}.") if state == "readable" else ("too_small", TOO_SMALL)
-    return Question(task, wordings, answer, (("x", asked),), usual=asked == kind)
+    return Question(task, among, answer, (("x", asked),), usual=asked == kind)
 
 
 def _no_text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if scene.text is not None:
         return None
-    wordings = _TEXT if rng.random() < 0.5 else _KIND_OF_TEXT
-    return Question("no_text", wordings, "There is no text.", (("x", rng.choice(("word", "number"))),))
+    among = wordings.TEXT if rng.random() < 0.5 else wordings.KIND_OF_TEXT
+    return Question("no_text", among, "There is no text.", (("x", rng.choice(("word", "number"))),))
 
 
 def _has_text(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     state = text_state(scene, plan)
     if state == "none":
-        return Question("has_text", _HAS_TEXT, "There is no text, so no.")
+        return Question("has_text", wordings.HAS_TEXT, "There is no text, so no.")
     if scene.text is None or state == "doubt":
         return None
     what = "some small text" if state == "small" else f"the {scene.text.kind} {scene.text.text}"
-    return Question("has_text", _HAS_TEXT, f"There is {what}, so yes.")
+    return Question("has_text", wordings.HAS_TEXT, f"There is {what}, so yes.")
 
 
 def _list(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if not scene.shapes:
-        return Question("list", _LIST, "There are no shapes.")
-    return Question("list", _LIST, f"{_joined([article(_name(s)) for s in scene.shapes]).capitalize()}.")
+        return Question("list", wordings.LIST, "There are no shapes.")
+    return Question("list", wordings.LIST, f"{_joined([article(_name(s)) for s in scene.shapes]).capitalize()}.")
 
 
 def _describe(rng: Random, scene: Scene, plan: SlicePlan) -> Question | None:
     if text_state(scene, plan) == "doubt":
         return None
-    return Question("describe", _DESCRIBE, describe(scene, plan))
+    return Question("describe", wordings.DESCRIBE, describe(scene, plan))
 
 
 def _verdicts(holds: Sequence[bool], thing: str) -> str:
@@ -711,7 +562,7 @@ def _which(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> 
             holds = [any(s.kind == kind and s.color == color for s in scene.shapes) for scene in scenes]
     if sum(holds) > 1 and rng.random() < 0.7:
         return None
-    return Question("which", _WHICH, _verdicts(holds, thing), (("x", thing),))
+    return Question("which", wordings.WHICH, _verdicts(holds, thing), (("x", thing),))
 
 
 def _which_text(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
@@ -727,7 +578,7 @@ def _which_text(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]
     else:
         thing = f"the {text.kind} {text.text}"
         holds = [scene.text is not None and scene.text.text == text.text for scene in scenes]
-    return Question("which_text", _WHICH_TEXT, _verdicts(holds, thing), (("x", thing),))
+    return Question("which_text", wordings.WHICH_TEXT, _verdicts(holds, thing), (("x", thing),))
 
 
 def _some_images(rng: Random, n: int) -> tuple[list[int], str]:
@@ -754,12 +605,12 @@ def _same(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Q
     if not same and rng.random() < 0.4:
         return None
     answer = f"{_backgrounds_of(scenes, chosen)}, so {'yes' if same else 'no'}."
-    return Question("same_background", _SAME, answer, (("p", names),))
+    return Question("same_background", wordings.SAME, answer, (("p", names),))
 
 
 def _backgrounds(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
     chosen, names = _some_images(rng, len(scenes))
-    return Question("backgrounds", _BACKGROUNDS, f"{_backgrounds_of(scenes, chosen)}.", (("p", names),))
+    return Question("backgrounds", wordings.BACKGROUNDS, f"{_backgrounds_of(scenes, chosen)}.", (("p", names),))
 
 
 def _more(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
@@ -768,11 +619,11 @@ def _more(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Q
     evidence = _joined([f"the {ORDINALS[k]} has {NUMBERS[n] if n else 'none'}" for k, n in enumerate(counts)])
     which = [ORDINALS[k] for k, n in enumerate(counts) if n == most]
     verdict = f"the {_joined(which)} image{'s' if len(which) > 1 else ''}"
-    return Question("more", _MORE, f"{evidence[0].upper()}{evidence[1:]}, so {verdict}.")
+    return Question("more", wordings.MORE, f"{evidence[0].upper()}{evidence[1:]}, so {verdict}.")
 
 
 def _n_images(rng: Random, scenes: Sequence[Scene], plans: Sequence[SlicePlan]) -> Question | None:
-    return Question("n_images", _N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
+    return Question("n_images", wordings.N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
 
 
 _One = Callable[[Random, Scene, SlicePlan], Question | None]

@@ -39,6 +39,7 @@ from mmchat.prompt import ChatTokenizer
 from mmchat.slicing import SlicePlan
 from tools.demo_torch import DemoConfig, DemoModel, save_folder, vision_inputs
 from tools.dialogue_batches import (
+    QUERY_NUM,
     CachedData,
     JointData,
     PoolData,
@@ -138,6 +139,11 @@ class Trainer:
             self.stage, self.stage_s = int(checkpoint["stage"]), float(checkpoint["stage_s"])
         elif options.init:
             load_weights(self.model, Path(options.init), self.tokenizer)
+            if options.init_vision:
+                other = DemoModel(self.config)
+                load_weights(other, Path(options.init_vision), self.tokenizer)
+                seen = {name: value for name, value in other.state_dict().items() if not name.startswith("llm.")}
+                self.model.load_state_dict(seen, strict=False)
             if options.init_heads:
                 self.heads.load_state_dict(torch.load(options.init_heads, weights_only=True))
                 facts_file = Path(options.init_heads).with_name("fact_heads.pt")
@@ -314,7 +320,7 @@ class Trainer:
                 if kept is not None:
                     torch.save((pool, rows), kept)
             batch = next(batches)
-            shown = [rows[k] for pictures in batch.pictures for k in pictures]
+            shown = [rows[k] if k >= 0 else rows[~k][:QUERY_NUM] for pictures in batch.pictures for k in pictures]
             cached = torch.cat(shown).to(self.device, self.dtype) if shown else None
             loss, figures = self._talk_loss(batch, cached)
             yield loss, figures, sum(len(dialogue.turns) for dialogue in batch.dialogues)
@@ -569,6 +575,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, split over the stages")
     parser.add_argument("--stages", default="", help="name:minutes[:peak learning rate],... instead of --minutes")
     parser.add_argument("--init", default="", help="demo model folder to start from")
+    parser.add_argument("--init-vision", default="", help="another one, for tower and resampler")
     parser.add_argument("--init-heads", default="", help="heads.pt of the run that made it, fact_heads.pt beside it")
     parser.add_argument("--keep-tokenizer", action="store_true", help="use the tokenizer of --init")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt where there is one")
