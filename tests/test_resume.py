@@ -195,6 +195,16 @@ def test_session_show(saved: Path) -> None:
     assert (shown["lost"], shown["torn"]) == ([], False)
 
 
+def test_session_show_tells_what_is_pinned_and_what_is_not_sent(red: Path, green: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk"
+    lines = [CIRCLE, f"/image {green}", CIRCLE, "/pin img2", "/pin 1", "/forget img1"]
+    mmchat_command("chat", red, "--save", file, stdin="\n".join(lines))
+    out, _ = mmchat_command("session", "show", file)
+    assert {"sent      img1 as line", "pinned    img2, turn 1"} <= set(out.splitlines())
+    marks = json.loads(mmchat_command("session", "show", file, "--json")[0])["marks"]
+    assert marks == {"forms": {"img1": "line"}, "dropped": [], "pinned": ["img2"], "pinned_turns": [1]}
+
+
 def test_session_show_of_a_damaged_one(saved: Path, tmp_path: Path) -> None:
     """What is whole is shown, what is lost is said, and the exit code tells."""
     data = saved.read_bytes()

@@ -11,6 +11,9 @@ import typer
 
 from mmchat.bundle import Bundle, SavedImage, visible
 from mmchat.cli.options import UsageError, say
+from mmchat.errors import SessionError
+from mmchat.record import Marks
+from mmchat.saving import marks_of
 from mmchat.transcript import SUFFIXES, caption, transcript
 from mmchat.transcript import export as write_export
 
@@ -44,7 +47,7 @@ def _tell(bundle: Bundle) -> None:
 
 
 def _to_json(bundle: Bundle) -> dict[str, object]:
-    sizes = bundle.pictures
+    sizes, marks = bundle.pictures, _marks(bundle)
     images = {image.id: image for image in bundle.record.images}.values()
     return {
         **transcript(bundle.record),
@@ -61,6 +64,12 @@ def _to_json(bundle: Bundle) -> dict[str, object]:
             }
             for image in images
         ],
+        "marks": {
+            "forms": dict(marks.forms),
+            "dropped": sorted(marks.dropped),
+            "pinned": sorted(marks.pinned),
+            "pinned_turns": sorted(marks.pinned_turns),
+        },
         "lost": list(bundle.lost),
         "gaps": list(bundle.gaps),
         "torn": bundle.torn,
@@ -77,6 +86,13 @@ def _print(bundle: Bundle) -> None:
         print(f"sampling  {visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
     print(f"holds     {len(record.turns) - len(bundle.gaps)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
           f"{len(bundle.keys)} embeddings")  # fmt: skip
+    marks = _marks(bundle)
+    if degraded := [f"{name} as {form}" for name, form in marks.forms.items() if form != "whole"]:
+        print(f"sent      {visible(', '.join(degraded))}")
+    if marks.dropped:
+        print(f"not sent  turns {', '.join(map(str, sorted(marks.dropped)))}")
+    if pinned := [*sorted(marks.pinned), *(f"turn {number}" for number in sorted(marks.pinned_turns))]:
+        print(f"pinned    {visible(', '.join(pinned))}")
     gaps = set(bundle.gaps)
     for number, turn in enumerate(record.turns, 1):
         print()
@@ -87,6 +103,14 @@ def _print(bundle: Bundle) -> None:
             text = part if isinstance(part, str) else f"[{_about(bundle, part)}]"
             print(f"{f'{number}.' if i == 0 else '':5} {_indented(text, 6)}")
         print(f"   -> {_indented(turn.text, 6)}{'' if turn.stop_reason == 'stop' else f'  ({turn.stop_reason})'}")
+
+
+def _marks(bundle: Bundle) -> Marks:
+    """Of pictures and turns; none where the file holds nonsense, which is told when it is gone on with."""
+    try:
+        return marks_of(bundle.record.state)
+    except SessionError:
+        return Marks()
 
 
 def _about(bundle: Bundle, image: SavedImage) -> str:
