@@ -23,19 +23,13 @@ from mmchat.openvino_engine import open_engine
 from mmchat.openvino_vision import open_encoder
 from mmchat.prompt import ChatTokenizer
 from mmchat.session import Session
-from mmchat.slicing import plan_slices, slice_image
+from mmchat.slicing import slice_image
 from mmchat.store import Store
 
 
 def _cut(picture: bytes, spec: ModelSpec) -> None:
-    rule = spec.slices
     with open_image(picture) as opened:
-        plan = plan_slices(
-            *opened.size,
-            max_slice_nums=rule.max_slice_nums,
-            scale_resolution=rule.scale_resolution,
-            patch_size=rule.patch_size,
-        )
+        plan = spec.slices.plan(opened.size)
         slice_image(opened.read(at_least=plan.refined or plan.source), plan)
 
 

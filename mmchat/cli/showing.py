@@ -249,13 +249,7 @@ def _parts(
             parts.append(part["text"])
             continue
         n_images += 1
-        plan = plan_slices(
-            *part["size"],
-            max_slice_nums=given["max_slice_nums"],
-            scale_resolution=spec.slices.scale_resolution,
-            patch_size=spec.slices.patch_size,
-            max_patches=spec.slices.max_patches,
-        )
+        plan = spec.slices.plan(tuple(part["size"]), given["max_slice_nums"])
         rows = plan.n_inputs * spec.vision.query_num
         keys = tuple(f"img{n_images} {i}" for i in range(plan.n_inputs))
         parts.append(
