@@ -34,6 +34,7 @@ from typing import Literal, Protocol, get_args
 from mmchat.errors import ContextFull, SessionError
 from mmchat.prompt import Message, Picture, Text
 from mmchat.record import SEEN, Form, ImageHandle, Marks, Turn, images_in
+from mmchat.slicing import Size
 
 Step = Literal["overview", "line", "turns"]
 
@@ -192,9 +193,14 @@ def as_sent(image: ImageHandle, form: Form, description: str = "") -> Text | Pic
     if form == "whole":
         return Picture(image.plan, image.keys)
     if form == "overview":
-        return Picture(replace(image.plan, grid=None, refined=None, cell=None), image.keys[:1])
-    about = f"described as: {description}" if form == "described" and description else "not shown"
-    return Text(f"[{image.id}: {image.size[0]}x{image.size[1]} picture, {about}]")
+        return Picture(image.plan.overview, image.keys[:1])
+    return Text(line_of(image.id, image.size, description if form == "described" else ""))
+
+
+def line_of(name: str, size: Size, description: str = "") -> str:
+    """What stands for a picture that is not sent."""
+    about = f"described as: {description}" if description else "not shown"
+    return f"[{name}: {size[0]}x{size[1]} picture, {about}]"
 
 
 def _description(turn: Turn) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +57,11 @@ class SlicePlan:
     def input_sizes(self) -> list[Size]:
         """The size of every encoder input, in the encoder's order."""
         return [self.source] + [self.cell] * (self.n_inputs - 1) if self.cell else [self.source]
+
+    @property
+    def overview(self) -> SlicePlan:
+        """The same without the cells."""
+        return replace(self, grid=None, refined=None, cell=None)
 
 
 def plan_slices(

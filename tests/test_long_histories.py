@@ -13,7 +13,7 @@ from mmchat.context import as_sent
 from mmchat.prompt import Picture
 from mmchat.record import ImageHandle
 from mmchat.slicing import SlicePlan
-from tools.long_histories import aged, cut_plans, overview
+from tools.long_histories import aged, cut_plans
 from tools.render_scenes import Scene, Style, sample_scene, view_plan
 from tools.scene_talk import Dialogue, make_dialogue
 
@@ -65,4 +65,4 @@ def test_a_picture_without_cells_is_what_the_program_sends() -> None:
     handle = ImageHandle("img1", plan.size, plan.n_inputs, 0, 1, plan=plan, keys=("",) * plan.n_inputs, pixels=list)
     sent = as_sent(handle, "overview")
     assert isinstance(sent, Picture)
-    assert overview(plan) == sent.plan
+    assert plan.overview == sent.plan

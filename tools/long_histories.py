@@ -12,16 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from mmchat.context import line_of
 from mmchat.slicing import SlicePlan
 from tools.render_scenes import Scene
 from tools.scene_talk import Dialogue, Turn, about_many, about_one, describe, text_state, word
 
 Drawn = tuple[Scene, SlicePlan]
-
-
-def overview(plan: SlicePlan) -> SlicePlan:
-    """The plan of a picture that lost its cells, as mmchat.context.as_sent has it."""
-    return replace(plan, grid=None, refined=None, cell=None)
 
 
 def aged(rng: Random, dialogue: Dialogue, whole: Sequence[SlicePlan], others: Sequence[Drawn], n_lost: int) -> Dialogue:
@@ -56,8 +52,7 @@ def _lost(rng: Random, others: Sequence[Drawn], number: int) -> Turn:
     scene, plan = rng.choice(others)
     if rng.random() < 0.7:
         return _about(rng, (scene, plan), f"img{number}")
-    about = f"described as: {describe(scene, plan)}" if rng.random() < 0.7 else "not shown"
-    note = f"[img{number}: {scene.size[0]}x{scene.size[1]} picture, {about}]"
+    note = line_of(f"img{number}", scene.size, describe(scene, plan) if rng.random() < 0.7 else "")
     return replace(_about(rng, (scene, plan), ""), notes=(note,))
 
 
@@ -80,4 +75,4 @@ def _answer_about(rng: Random, other: Drawn, turn: Turn) -> str | None:
 
 def cut_plans(rng: Random, plans: Sequence[SlicePlan], p_cut: float) -> list[SlicePlan]:
     """Plans of which some lost their cells."""
-    return [overview(plan) if plan.n_inputs > 1 and rng.random() < p_cut else plan for plan in plans]
+    return [plan.overview if plan.n_inputs > 1 and rng.random() < p_cut else plan for plan in plans]
