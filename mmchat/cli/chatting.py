@@ -202,9 +202,10 @@ class _Repl:
         _print_images(self._session, self._attached, self._talk.as_json)
 
     def _pin(self, rest: str) -> None:
-        self._session.pin(_picture_or_turn("/pin", rest))
+        what = _picture_or_turn("/pin", rest)
+        self._session.pin(what)
         say(f"{rest} stays as it is when the context is full")
-        name = rest.strip().removeprefix("@")
+        name = str(what).removeprefix("@")
         if name in {image.id for image in self._session.images} - set(self._session.numbers):
             say(f"but the model does not see {name} as things are: /reattach {name} brings it back")
 
