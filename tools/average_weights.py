@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mmchat.prompt import ChatTokenizer
-from tools.demo_torch import DemoConfig, DemoModel, save_folder
+from tools.demo_torch import DemoConfig, DemoModel, save_both
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.copy(options.runs[0] / name, options.out / name)
     tokenizer = ChatTokenizer(options.out / "tokenizer.json")
     model = DemoModel(DemoConfig(vocab_size=-(-tokenizer.n_ids // 16) * 16))
-    for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
-        save_folder(model, options.out / name, first["tokenizer"], tokenizer.special, mean, dtype)
+    save_both(model, options.out, first["tokenizer"], tokenizer.special, mean)
     torch.save({**first, "model": mean, "average": mean}, options.out / "checkpoint.pt")
     print(f"done: {options.out / 'model'}")
     return 0

@@ -422,6 +422,14 @@ def rope_table(config: DemoConfig, start: int, n: int, like: Tensor) -> tuple[Te
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
+def save_both(
+    model: DemoModel, out: Path, tokenizer_json: str, special: dict[str, int], weights: dict[str, Tensor]
+) -> None:
+    """out/model, which ships (float16), and out/model-float32, the same before rounding."""
+    for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
+        save_folder(model, out / name, tokenizer_json, special, weights, dtype)
+
+
 def save_folder(
     model: DemoModel,
     folder: Path,

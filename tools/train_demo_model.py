@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mmchat.prompt import ChatTokenizer
 from mmchat.slicing import SlicePlan
-from tools.demo_torch import DemoConfig, DemoModel, save_folder, vision_inputs
+from tools.demo_torch import DemoConfig, DemoModel, save_both, vision_inputs
 from tools.dialogue_batches import (
     QUERY_NUM,
     CachedData,
@@ -226,8 +226,7 @@ class Trainer:
         unfinished.replace(self.out / "checkpoint.pt")
         torch.save(self.heads.state_dict(), self.out / "heads.pt")
         torch.save(self.fact_heads.state_dict(), self.out / "fact_heads.pt")
-        for name, dtype in (("model", torch.float16), ("model-float32", torch.float32)):
-            save_folder(self.model, self.out / name, self.tokenizer_json, self.tokenizer.special, self.average, dtype)
+        save_both(self.model, self.out, self.tokenizer_json, self.tokenizer.special, self.average)
         self._saved_at = time.monotonic()
 
     def _checkpoint(self) -> dict[str, Any] | None:
