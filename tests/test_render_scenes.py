@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -30,7 +31,7 @@ from tools.render_scenes import (
     view_boxes,
     view_plan,
 )
-from tools.scene_talk import about_many, about_one, describe, make_dialogue, text_state
+from tools.scene_talk import about_many, about_one, describe, make_dialogue, text_state, with_questions_first
 
 REPHRASINGS = Path(__file__).parent / "data" / "rephrasings.json"
 
@@ -215,6 +216,21 @@ def test_dialogues_show_every_picture_once_and_measure_distance() -> None:
             if turn.about:
                 assert turn.distance == number - max(shown[k] for k in turn.about)
             assert re.search(r"[{}]", turn.question + turn.answer) is None
+
+
+def test_only_questions_with_new_pictures_may_stand_before_them() -> None:
+    scenes = held_out_scenes(4)
+    plans = [view_plan(scene.size) for scene in scenes]
+    n_before = n_with_pictures = 0
+    for seed in range(20):
+        dialogue = make_dialogue(Random(seed), scenes, plans, 8)
+        assert with_questions_first(Random(seed), dialogue, 0.0) == dialogue
+        n_before += sum(turn.question_first for turn in with_questions_first(Random(seed), dialogue, 0.5).turns)
+        for turn, old in zip(with_questions_first(Random(seed), dialogue, 1.0).turns, dialogue.turns, strict=True):
+            n_with_pictures += turn.question_first
+            assert turn == replace(old, question=turn.question, question_first=bool(old.new))
+            assert turn.question.rstrip(" \n") == old.question
+    assert 0.3 < n_before / n_with_pictures < 0.7
 
 
 def test_emphasis_moves_the_choice_of_tasks() -> None:

@@ -18,7 +18,7 @@ from mmchat.slicing import SlicePlan
 from tools.fact_labels import N_FACT_LABELS, fact_labels
 from tools.long_histories import aged, cut_plans
 from tools.render_scenes import Scene, Style, sample_scene, view_plan
-from tools.scene_talk import Dialogue, make_dialogue, text_state
+from tools.scene_talk import Dialogue, make_dialogue, text_state, with_questions_first
 from tools.scene_views import IGNORED, N_PATCH_LABELS, View, views_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ EMPHASIS = {
 }  # fmt: skip
 # By the number of pictures in a short dialogue: how many of them are cut.
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
+# How many questions that come with a picture stand before it.
+_P_QUESTION_FIRST = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def encode_dialogue(
         for turn in turns:
             parts: list[Text | Picture] = [Picture(dialogue.plans[k]) for k in turn.new]
             parts += [Text(note) for note in turn.notes]
-            messages.append(Message("user", (*parts, Text(turn.question))))
+            question = Text(turn.question)
+            messages.append(Message("user", (question, *parts) if turn.question_first else (*parts, question)))
             messages.append(Message("assistant", ids=tuple(tokenizer.encode(turn.answer))))
         prompt = render(messages, tokenizer, query_num=QUERY_NUM, generation_prompt=False)
         if prompt.n_rows <= max_rows or len(turns) == 1:
@@ -234,7 +237,7 @@ class CachedData(IterableDataset[TextBatch]):
         long = rng.random() < 0.33
         max_rows = MAX_ROWS if long else 448
         n_images = (
-            rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.03, 0.1, 0.14, 0.16, 0.16, 0.15, 0.13, 0.13))[0]
+            rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.03, 0.09, 0.12, 0.14, 0.15, 0.15, 0.16, 0.16))[0]
             if long
             else rng.choices((1, 2, 3, 4), (0.42, 0.36, 0.16, 0.06))[0]
         )
@@ -254,6 +257,7 @@ class CachedData(IterableDataset[TextBatch]):
         plans = cut_plans(rng, whole, 0.35) if is_aged else whole
         n_turns = rng.randint(8, 24) if long else rng.randint(5, 12)
         dialogue = make_dialogue(rng, scenes, plans, n_turns, emphasis=EMPHASIS)
+        dialogue = with_questions_first(rng, dialogue, _P_QUESTION_FIRST)
         if is_aged:
             others = rng.sample(self._pool, 8)
             dialogue = aged(rng, dialogue, whole, others, rng.randint(0, 9) if long else rng.randint(0, 3))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from mmchat.slicing import SlicePlan
@@ -67,6 +67,7 @@ class Turn:
 
     distance: turns since the latest of `about` was shown; 0 is the current one.
     notes: what is said before the question, of pictures that are no longer sent.
+    question_first: the new pictures stand after the question, not before it.
     taught: whether the answer follows from what is sent; else it is only part of the history.
     """
 
@@ -77,6 +78,7 @@ class Turn:
     about: tuple[int, ...] = ()
     distance: int = 0
     notes: tuple[str, ...] = ()
+    question_first: bool = False
     taught: bool = True
 
 
@@ -131,6 +133,17 @@ def make_dialogue(
         distance = len(turns) - max((shown_at[k] for k in turn.about), default=len(turns))
         turns.append(Turn(turn.question, turn.answer, turn.task, new, turn.about, distance))
     return Dialogue(tuple(scenes), tuple(plans), tuple(turns))
+
+
+def with_questions_first(rng: Random, dialogue: Dialogue, p: float) -> Dialogue:
+    """Some of the questions that come with pictures before them, as "What is this? {{a.png}}" has it."""
+    turns = (
+        replace(turn, question=turn.question + rng.choice(("", " ", " ", "\n")), question_first=True)
+        if turn.new and rng.random() < p
+        else turn
+        for turn in dialogue.turns
+    )
+    return replace(dialogue, turns=tuple(turns))
 
 
 def _turn(
