@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 
+import mmchat.store
 from mmchat.errors import StoreError
 from mmchat.store import Store, StoreInfo, Verified, default_cap, open_store, slice_key, spare_folder
 from tests.test_cli import run_here
@@ -487,7 +488,7 @@ def test_a_damaged_file_that_another_process_has_replaced_stays(store: Store, mo
     assert store.get(key(1)) is not None
 
 
-@pytest.mark.parametrize("at", ["os.replace", "Path.write_bytes", "Store._set_total", "Store._evict"])
+@pytest.mark.parametrize("at", ["os.replace", "mmchat.store._write_all", "Store._set_total", "Store._evict"])
 def test_a_writer_killed_in_mid_put_leaves_a_usable_store(tmp_path: Path, at: str) -> None:
     """kill -9 at each step of put: the lock is free, what is there is whole, clear() empties it."""
     store = Store(tmp_path / "store", cap_bytes=5 * 1024)
@@ -495,16 +496,14 @@ def test_a_writer_killed_in_mid_put_leaves_a_usable_store(tmp_path: Path, at: st
         store.put(key(n), rows(fill=n))
     code = f"""
 import signal
-from pathlib import Path
+import mmchat.store
 store.cap_bytes = 5 * 1024
-name = {at!r}
-owner, attribute = {{"os": os, "Path": Path, "Store": Store}}[name.split(".")[0]], name.split(".")[1]
+owner, _, attribute = {at!r}.rpartition(".")
 def die(*arguments):
-    if name == "Path.write_bytes":
-        with arguments[0].open("wb") as file:
-            file.write(arguments[1][:100])
+    if attribute == "_write_all":
+        os.write(arguments[0], arguments[1][:100])
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, attribute, die)
+setattr({{"os": os, "mmchat.store": mmchat.store, "Store": Store}}[owner], attribute, die)
 store.put("{key(50)}", np.ones((500, 1), np.float32))
 """
     with in_python(code, store.root) as process:
@@ -610,15 +609,15 @@ def spared(tmp_path: Path) -> Store:
 
 def full(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     """No byte can be written below these folders."""
-    write = Path.write_bytes
+    create = mmchat.store._create
 
-    def write_bytes(path: Path, data: bytes) -> int:
-        if any(folder in path.parents for folder in folders):
-            write(path, data[: len(data) // 2])
+    def create_half(path: str, data: bytes) -> None:
+        if any(folder in Path(path).parents for folder in folders):
+            create(path, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, data)
+        create(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr("mmchat.store._create", create_half)
 
 
 def test_a_spare_folder_is_made_when_it_is_needed(spared: Store, monkeypatch: pytest.MonkeyPatch) -> None:
