@@ -186,6 +186,14 @@ class ModelSpec:
         """Rows that a prompt and its answer may take together."""
         return self.llm.context_rows - (MARGIN_ROWS if self.board else 0)
 
+    def context_of(self, rows: int | None) -> int:
+        """The context that is asked for; None is the model's.  Raises ModelDirError: none, or more than it has."""
+        if rows is not None and rows < 1:
+            raise ModelDirError(f"context_rows is {rows}; it must be at least 1")
+        if rows is not None and rows > self.context_rows:
+            raise ModelDirError(f"context_rows is {rows}; {self.name} has {self.context_rows}")
+        return rows or self.context_rows
+
     @property
     def tokenizer_path(self) -> Path:
         return self.folder / "tokenizer.json"

@@ -163,16 +163,12 @@ def open(
     """
     if engine not in ENGINES:
         raise ModelDirError(f"engine is {engine!r}; known are {', '.join(ENGINES)}")
-    if context_rows is not None and context_rows < 1:
-        raise ModelDirError(f"context_rows is {context_rows}; it must be at least 1")
     spec = open_model(model)
     if engine == "rkllm" and not spec.board:
         raise ModelDirError(f'{spec.folder}: has no model for RKLLM (*.rkllm); use engine="openvino"')
     if engine == "openvino" and spec.board:
         raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
-    limit = context_rows or spec.context_rows
-    if limit > spec.context_rows:
-        raise ModelDirError(f"context_rows is {limit}; {spec.name} has {spec.context_rows}")
+    limit = spec.context_of(context_rows)
     rkllm = _rkllm(spec) if spec.board else None
     cap_bytes = default_cap(os.environ) if store_cap_bytes is None else store_cap_bytes
     kept = open_store(store, cap_bytes, os.environ)

@@ -684,6 +684,7 @@ def test_prompt_tells_what_would_be_degraded() -> None:
     assert nothing["budget"]["left"] < 0
     assert 'another policy than "error"' in nothing["plan"]["error"]
     assert "policy is" in refused(*common, "--policy", "cells", stdin=talk(3), code=2)
+    assert "has 2048" in refused("prompt", "-", "--model", "demo", "--context", "99999", stdin=talk(3))
     in_no_turns = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     assert json.loads(run_here(*common, "--json", stdin=json.dumps(in_no_turns))[1])["plan"] is None
     picture_said = [*HELLO["messages"], {"role": "assistant", "content": PICTURE["messages"][0]["content"]}] * 2
@@ -779,3 +780,10 @@ def test_import_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & {"openvino", "PIL", "numpy", "tokenizers", "msgpack", "typer", "rich", "asyncio", "ssl"}
+
+
+def test_python_runs_it_without_its_script() -> None:
+    """python -m mmchat: where the environment's scripts are not on the PATH."""
+    command = [sys.executable, "-m", "mmchat", "ask", "--context", "0", "Hello?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(mmchat.__file__).parents[1])
+    assert (done.returncode, "--context" in done.stderr) == (2, True)

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime", "calibrate"),
     ("bench", "video", "compare", "regress"),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 # The only ones that name an engine; the composition root names their clients.

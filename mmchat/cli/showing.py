@@ -121,7 +121,7 @@ def prompt(
             "patch_size": spec.slices.patch_size,
             "max_patches": spec.slices.max_patches,
         }
-        limit = min(context_rows or spec.context_rows, spec.context_rows)
+        limit = spec.context_of(context_rows)
         made = _build(given, spec.tokenizer_path, numbers)
         sent = _sent(given, spec, limit, max_new_tokens or spec.sampling.max_new_tokens, policy(steps))
         _show(made, sent, limit, as_json)
