@@ -324,6 +324,11 @@ class Session:
         """How pictures are kept there."""
         return self._keeper.form if self._keeper else "original"
 
+    @property
+    def saves_embeddings(self) -> bool:
+        """Whether their embeddings are kept there, too."""
+        return self._keeper is not None and self._keeper.embeddings
+
     def resume(self, bundle: Bundle, restored: Restored) -> None:
         """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
         settings = bundle.record.settings

@@ -97,7 +97,8 @@ def to_html(record: SavedRecord, picture: PictureOf) -> Iterator[str]:
         if turn.stop_reason in _STOPPED:
             yield f'<p class="note">({_STOPPED[turn.stop_reason]})</p>'
         yield "</div>\n</section>\n"
-    yield f"<footer>{_escaped(record.model.name or 'unknown model')}, {len(record.turns)} turns</footer>\n"
+    turns = "1 turn" if len(record.turns) == 1 else f"{len(record.turns)} turns"
+    yield f"<footer>{_escaped(record.model.name or 'unknown model')}, {turns}</footer>\n"
     yield "</main>\n</html>\n"
 
 

@@ -122,7 +122,9 @@ def test_a_copy_goes_on_elsewhere(red: Path, tmp_path: Path) -> None:
     without, copy = tmp_path / "without", tmp_path / "copy of it"
     options = ("--save", without, "--save-pictures", "none", "--save-embeddings")
     mmchat_command("chat", red, *options, stdin=f"{CIRCLE}\n/save {copy}\n")
-    for file in (without, copy):
+    again, branch = tmp_path / "again", tmp_path / "without-2"
+    mmchat_command("chat", "--resume", without, stdin=f"/save {again}\n/branch 1\n")
+    for file in (without, copy, again, branch):
         assert (Bundle(file).pictures, len(Bundle(file).keys) > 0) == ({}, True)
     assert len(Bundle(second).record.turns) == 2
     (name,) = Bundle(second).pictures
@@ -181,7 +183,7 @@ def test_session_show(saved: Path) -> None:
     out, err = mmchat_command("session", "show", saved)
     assert err == ""
     lines = out.splitlines()
-    assert re.fullmatch(r"holds +2 turns, 2 pictures \([\d,]+ bytes\), 0 embeddings", lines[2])
+    assert re.fullmatch(r"holds +2 turn\(s\), 2 picture\(s\) \([\d,]+ bytes\), 0 embedding\(s\)", lines[2])
     assert lines[1] == "system    Be brief."
     for text in ("[img1: red circle.png, 200x200, ", "[img2: green.png, 200x200, ", f"      {CIRCLE}", "\\x1b[31m?"):
         assert text in out

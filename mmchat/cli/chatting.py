@@ -245,10 +245,11 @@ class _Repl:
 
     def _branch(self, rest: str) -> None:
         at = _number("/branch takes the number of a turn", rest) if rest else None
-        branch, saved_to = self._session.branch(at), self._session.saved_to
+        session = self._session
+        branch, saved_to = session.branch(at), session.saved_to
         if saved_to is not None:
             saved_to = _free_name(saved_to)
-            branch.autosave(saved_to, images=self._session.saved_form, embeddings=self._keeping.embeddings)
+            branch.autosave(saved_to, images=session.saved_form, embeddings=session.saves_embeddings)
             say(f"it is saved to {printable(saved_to)}")
         self._sessions.append(branch)
         self._at = len(self._sessions) - 1
@@ -273,9 +274,10 @@ class _Repl:
             for missing in export(self._session.saved(), lambda image: read[image.id](), path):
                 say(missing)
         else:
-            session = self._session
-            form = session.saved_form if session.saved_to else self._keeping.pictures
-            session.save(path, images=form, embeddings=self._keeping.embeddings)
+            session, form, embeddings = self._session, self._keeping.pictures, self._keeping.embeddings
+            if session.saved_to is not None:
+                form, embeddings = session.saved_form, session.saves_embeddings or embeddings
+            session.save(path, images=form, embeddings=embeddings)
         say(f"saved {len(self._session.turns)} turn(s) to {rest}")
 
     def _stats(self, rest: str) -> None:

@@ -84,8 +84,8 @@ def _print(bundle: Bundle) -> None:
         print(f"system    {_indented(record.settings.system, 10)}")
     if record.settings.sampling:
         print(f"sampling  {visible(json.dumps(dict(record.settings.sampling), ensure_ascii=False))}")
-    print(f"holds     {len(record.turns) - len(bundle.gaps)} turns, {len(bundle.pictures)} pictures ({kept:,} bytes), "
-          f"{len(bundle.keys)} embeddings")  # fmt: skip
+    pictures = f"{len(bundle.pictures)} picture(s) ({kept:,} bytes)"
+    print(f"holds     {len(record.turns) - len(bundle.gaps)} turn(s), {pictures}, {len(bundle.keys)} embedding(s)")
     marks = _marks(bundle)
     if degraded := [f"{name} as {form}" for name, form in marks.forms.items() if form != "whole"]:
         print(f"sent      {visible(', '.join(degraded))}")
