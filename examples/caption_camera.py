@@ -1,6 +1,6 @@
 """Says what a camera sees, whenever it sees something else; Ctrl-C ends it.
 
-python examples/caption_camera.py [/dev/video0 | rtsp://... | a video]        (needs pip install 'mmchat[video]')
+python examples/caption_camera.py [/dev/video0 | rtsp://... | a video]        (pip install av)
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Tests of a board of your own.
 
-pip install 'mmchat[regress]'
+pip install hypothesis pytest (beside mmchat)
 pytest -p mmchat.regress --mmchat-model DIR examples/test_my_board.py
 """
 

@@ -94,7 +94,7 @@ def _glibc_finding(patient: Patient) -> Finding:
 
 def _openvino(patient: Patient) -> Finding:
     version = patient.process.packages.get("openvino")
-    cure = "pip install 'mmchat[cpu]'"
+    cure = "pip install openvino"
     if version is None:
         return Finding("openvino", patient.cpu_engine, "not installed: there is no CPU engine", cure)
     if version != "?" and numbers(version) < _OPENVINO_FROM:

@@ -65,7 +65,7 @@ def _check_hypothesis() -> None:
     try:
         importlib.import_module("hypothesis")
     except ImportError:
-        raise UsageError("regress needs hypothesis: pip install 'mmchat[regress]'") from None
+        raise UsageError("regress needs hypothesis: pip install hypothesis") from None
 
 
 def _run(opening: Opening, wanted: Wanted, talks: tuple[talk.Talk, ...]) -> Outcome:

@@ -88,7 +88,7 @@ def plan(spec: ModelSpec, weights: str = "int4") -> Plan:
         raise ModelDirError(f"{spec.folder}: not a checkpoint as published; convert openvino begins with one")
     for package in ("openvino", *(("nncf",) if weights in ("int4", "int8") else ())):
         if importlib.util.find_spec(package) is None:
-            raise ModelDirError(f"convert openvino needs the package {package}: pip install 'mmchat[convert,cpu]'")
+            raise ModelDirError(f"convert openvino needs the package {package}: pip install {package}")
     checkpoint = Checkpoint(spec.folder)
     sizes = {name: prod(checkpoint.info(name).shape) for name in checkpoint}
     table = "llm.model.embed_tokens.weight"

@@ -113,7 +113,7 @@ def plan(spec: ModelSpec, n_patches: int | None = None) -> Plan:
     try:
         import onnx  # noqa: F401
     except ImportError:
-        raise ModelDirError("convert vision-onnx needs the package onnx: pip install 'mmchat[convert]'") from None
+        raise ModelDirError("convert vision-onnx needs the package onnx: pip install onnx") from None
     checkpoint = Checkpoint(spec.folder)
     infos = [checkpoint.info(name) for name in checkpoint if name.startswith(("vpm.", "resampler."))]
     n = n_patches or default_patches(spec)

@@ -138,7 +138,7 @@ def read_encoder(path: Path) -> Encoder:
     try:
         import onnx
     except ImportError:
-        raise ModelDirError("an ONNX encoder needs the package onnx: pip install 'mmchat[convert]'") from None
+        raise ModelDirError("an ONNX encoder needs the package onnx: pip install onnx") from None
     try:
         graph = onnx.load(path, load_external_data=False).graph
         shapes = {

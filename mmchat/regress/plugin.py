@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except ImportError as error:
         if error.name != "hypothesis":
             raise
-        raise pytest.UsageError("mmchat.regress needs hypothesis: pip install 'mmchat[regress]'") from None
+        raise pytest.UsageError("mmchat.regress needs hypothesis: pip install hypothesis") from None
     strategies.use(config.getoption("--mmchat-model"))
 
 

@@ -208,5 +208,5 @@ def _av() -> Any:
     try:
         import av
     except ImportError:
-        raise VideoError("videos and cameras need the package av: pip install 'mmchat[video]'") from None
+        raise VideoError("videos and cameras need the package av: pip install av") from None
     return av
