@@ -25,7 +25,7 @@ import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -67,6 +67,8 @@ _AUXILIARY_WEIGHT = 0.3
 _FACTS_WEIGHT = 0.1
 # The pool of cached pictures is filled in quarters, so many steps apart: the first answers need not wait for all.
 _POOL_STEPS = 400
+# Of the scenes whose views teach the encoder.
+_P_CROWDED = 0.45
 
 
 @dataclass(frozen=True)
@@ -454,10 +456,12 @@ class _VisionData(IterableDataset[VisionBatch]):
     def __iter__(self) -> Iterator[VisionBatch]:
         torch.set_num_threads(1)
         rng = Random(f"training views {self._seed}")
-        style = Style(p_text=0.85, p_sliced=0.6, spelling=True, p_more_text=0.7)
+        usual = Style(p_text=0.85, p_sliced=0.6, spelling=True, p_more_text=0.7)
+        crowded = [replace(usual, n_shapes=n, p_text=0.6, p_more_text=0.3) for n in (3, 4, 4)]  # learned last
         while True:
             views: list[View] = []
             while len(views) < self._batch:
+                style = rng.choice(crowded) if rng.random() < _P_CROWDED else usual
                 views += sampled_views(rng, sample_scene(rng, style, held_out=False))
             yield vision_batch(views)
 
