@@ -112,7 +112,8 @@ class Plan:
 
     rows: of the prompt.  max_new_tokens: rows kept for the answer.  cap: rows that both may take together.
     rows_reused, rows_new: of rows, those that the engine should still have, and those to be computed.
-    slices_new: encoder inputs that the store does not have.
+    slices_new: encoder inputs that have to be encoded: the question's, and those of pictures that must be computed
+        again, as far as the store does not have them.
     images: all pictures of the conversation, and how each is sent.  dropped: numbers of turns that are not sent.
     degraded: what is sent otherwise from this question on, for it would not fit.
     unseen: pictures that the question names (@img2) and the model does not see.
@@ -264,12 +265,13 @@ def plan_prompt(
     cap: int,
     max_new_tokens: int,
     policy: Policy,
-    slices_new: Callable[[Prompt], int],
+    slices_new: Callable[[Prompt, int], int],
     before: Speeds,
 ) -> tuple[Plan, Prompt]:
     """What is sent of a conversation, and its plan.
 
-    render: the conversation's prompt under marks.  slices_new: of a prompt, the encoder inputs still to be encoded.
+    render: the conversation's prompt under marks.  slices_new: the encoder inputs still to be encoded for a
+        prompt of which so many rows are in the engine's cache.
     before: see Outlook.speeds.  The rest is fit's.
 
     Raises ContextFull.
@@ -286,4 +288,4 @@ def plan_prompt(
     prompt = render(fitted.marks)
     check_fits(prompt.n_rows, max_new_tokens, cap)
     reused, speeds = outlook.reused(prompt.pieces), outlook.speeds(before)
-    return make_plan(conversation, fitted, max_new_tokens, cap, reused, slices_new(prompt), speeds), prompt
+    return make_plan(conversation, fitted, max_new_tokens, cap, reused, slices_new(prompt, reused), speeds), prompt

@@ -510,7 +510,6 @@ class Session:
     ) -> tuple[Plan, Prompt]:
         """Raises ContextFull."""
         conversation = Conversation(self._system, turns, question)
-        missing = {key for image in images_in(question) for key in image.keys if not self._store.peek(key)}
         return plan_prompt(
             conversation,
             marks,
@@ -520,9 +519,26 @@ class Session:
             cap=self._engine.context_rows,
             max_new_tokens=sampling.max_new_tokens,
             policy=self.policy,
-            slices_new=lambda prompt: len(missing),
+            slices_new=lambda prompt, reused: self._n_to_encode(turns, question, prompt, reused),
             before=self._speeds_before,
         )
+
+    def _n_to_encode(
+        self, turns: Sequence[Turn], question: Sequence[str | ImageHandle], prompt: Prompt, reused: int
+    ) -> int:
+        """Slices of the question's pictures, and of those whose rows the engine computes again, that are nowhere."""
+        own, again, end = {key for image in images_in(question) for key in image.keys}, set(), 0
+        for piece in prompt.pieces:
+            end += piece.n_rows
+            if end > reused and isinstance(piece, ImageRows):
+                again.add(piece.key)
+        missing = {key for key in own | again if not self._store.peek(key)}
+        for image in _images_of(turns):
+            if image.original is not None:
+                for key in missing.intersection(image.keys) - own:
+                    if image.original.embedding(key) is not None:
+                        missing.discard(key)
+        return len(missing)
 
     # Running
 

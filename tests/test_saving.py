@@ -1010,3 +1010,22 @@ def test_sampling_of_a_session(setup: Setup, file: Path) -> None:
     with pytest.raises(PromptError, match="temperature is -1"):
         Other(setup.store.root).session(sampling={"temperature": -1})
     SectionFile.open(file)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_plan_knows_what_must_be_encoded_again(setup: Setup, tmp_path: Path, embeddings: bool) -> None:
+    """Elsewhere: all pictures that are sent, or none where their embeddings came with the file."""
+    file = tmp_path / "talk"
+    say(setup, setup.chat, "Red.", "What?", images=SOURCES[:3])
+    say(setup, setup.chat, "Blue.", "And this?", images=SOURCES[3])
+    setup.chat.save(file, embeddings=embeddings)
+    n_new = 0 if embeddings else len({key for image in setup.chat.images for key in image.keys})
+    assert setup.chat.plan("And now?").slices_new == 0
+    setup.store.clear()
+    assert setup.chat.plan("And now?").slices_new == 0, "the engine has their rows"
+    assert setup.chat.plan("And now?", images=SOURCES[0]).slices_new == len(setup.chat.images[0].keys)
+    other = Other(tmp_path / "other")
+    loaded = other.load(file)
+    assert loaded.plan("And now?").slices_new == n_new
+    assert say(other, loaded, "Yes.", "And now?") == "Yes."
+    assert loaded.turns[-1].usage.slices_encoded == n_new

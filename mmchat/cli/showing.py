@@ -214,7 +214,7 @@ def _sent(
             cap=cap,
             max_new_tokens=max_new_tokens,
             policy=policy,
-            slices_new=lambda prompt: prompt.n_vision_inputs,
+            slices_new=lambda prompt, reused: prompt.n_vision_inputs,
             before={},
         )
     except ContextFull as error:
