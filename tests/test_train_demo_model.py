@@ -46,8 +46,12 @@ def test_runs_that_meet_go_on_from_their_mean(tmp_path: Path) -> None:
         torch.testing.assert_close(value, heads[name])
 
 
-@pytest.mark.parametrize(("stage", "stage_s"), [(1, 0.0), (0, 1000.0)])
-def test_a_run_that_is_elsewhere_is_let_alone(tmp_path: Path, stage: int, stage_s: float) -> None:
+@pytest.mark.parametrize(("stage", "stage_s"), [(1, 0.0), (0, 1000.0), (0, -100.0)])
+def test_a_run_that_is_elsewhere_is_let_alone(
+    tmp_path: Path, stage: int, stage_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another stage, far ahead, or a save behind that does not come."""
+    monkeypatch.setattr("tools.train_demo_model._MEETING_S", 0.0)
     one, other = trainer(tmp_path / "a", "--beside", tmp_path / "b"), trainer(tmp_path / "b")
     other.stage, other.stage_s = stage, stage_s
     other.save()

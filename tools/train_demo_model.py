@@ -66,6 +66,7 @@ from tools.scene_views import (
 _AVERAGE_KEEPS = 0.99
 _SAVE_EVERY_S = 150.0
 _PRINT_EVERY_S = 20.0
+_MEETING_S = 40.0
 _JUDGE_EVERY_S = 300.0
 _AUXILIARY_WEIGHT = 0.3
 _FACTS_WEIGHT = 0.1
@@ -238,13 +239,21 @@ class Trainer:
 
     @torch.no_grad()
     def meet(self) -> bool:
-        """Go on from the mean of these weights and those that the run beside saved last, if it is about as far."""
+        """Go on from the mean of these weights and those that the run beside saves now, if it is about as far."""
         path = Path(self.options.beside) / "checkpoint.pt"
         if not self.options.beside or not path.exists():
             return False
-        other = torch.load(path, weights_only=True, map_location=self.device)
-        if other["stage"] != self.stage or abs(other["stage_s"] - self.stage_s) > 2 * _SAVE_EVERY_S:
-            return False
+        deadline = time.monotonic() + _MEETING_S
+        while True:
+            other = torch.load(path, weights_only=True, map_location=self.device)
+            behind_s = self.stage_s - other["stage_s"]
+            if other["stage"] != self.stage or abs(behind_s) > 2 * _SAVE_EVERY_S:
+                return False
+            if behind_s < _SAVE_EVERY_S / 2:  # else it is about to save: what it was before would be a step back
+                break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1.0)
         for name, own in (
             ("model", self.model.state_dict()),
             ("heads", self.heads.state_dict()),
@@ -254,6 +263,7 @@ class Trainer:
             torch._foreach_lerp_(list(own.values()), [other[name][key] for key in own], 0.5)
         if self._pairs:
             torch._foreach_copy_([working for _, working in self._pairs], [master for master, _ in self._pairs])
+        self._saved_at = time.monotonic()  # so that both save next at the same time
         return True
 
     def _checkpoint(self) -> dict[str, Any] | None:
