@@ -53,7 +53,7 @@ def examine(
     patient = Patient(root, environ, process or Process())
     findings = [_machine_finding(patient), _python(patient), _glibc_finding(patient), _openvino(patient)]
     if patient.soc in NPU_SOCS:
-        findings += examine_npu(patient)
+        findings += examine_npu(patient, None if model is None else model_folder(model))
     else:
         findings.append(Finding("npu", "ok", "no Rockchip NPU here: the OpenVINO engine is used"))
     findings += [_memory(patient, model), *_store(patient), _open_files(patient)]

@@ -18,23 +18,25 @@ from mmchat.errors import EngineError
 from mmchat.model_dir import ModelSpec
 from mmchat.patient import Finding, Patient, numbers
 from mmchat.rkllm_abi import FAMILY_OF_VERSION
-from mmchat.rkllm_detect import Probe, detect, exported_symbols, version_of
+from mmchat.rkllm_detect import LIBRARY, LIBRARY_FOLDERS, Probe, detect, exported_symbols, version_of
 from mmchat.rknn_file import read_rknn
 
 _DRIVER_NEEDED, _DRIVER_ADVISED = (0, 9, 6), (0, 9, 8)
 _DRIVER_VERSIONS = ("/sys/kernel/debug/rknpu/version", "/proc/rknpu/version", "/sys/module/rknpu/version")
 _DRIVER_FOLDERS = ("/sys/bus/platform/drivers/RKNPU", "/sys/bus/platform/drivers/rknpu")
-_LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib/aarch64-linux-gnu", "/usr/local/lib")
 _LITE2_FROM = (2, 3)
 _LITE2_LOADS = "/usr/lib/librknnrt.so"  # seen with its release 2.5.0, emulated
 _RKNN_SOURCE = "rknpu2/runtime/Linux/librknn_api/aarch64 of github.com/airockchip/rknn-toolkit2"
 _NOT_ASKED = Probe((), "not asked")
 
 
-def examine_npu(patient: Patient) -> list[Finding]:
-    """Every finding about the NPU, in the order in which a person would cure them."""
+def examine_npu(patient: Patient, model: Path | None = None) -> list[Finding]:
+    """Every finding about the NPU, in the order in which a person would cure them.
+
+    model: a folder (not below root), whose own library goes before the system's.
+    """
     device = [_driver(patient), _devices(patient), _npu_speed(patient), _cpu_speed(patient)]
-    return [*device, _librkllmrt(patient), _librknnrt(patient), _lite2(patient)]
+    return [*device, _librkllmrt(patient, model), _librknnrt(patient), _lite2(patient)]
 
 
 def _driver(patient: Patient) -> Finding:
@@ -172,15 +174,16 @@ def _speed(name: str, clocks: list[_Clock]) -> Finding:
     return Finding(name, "advice" if cures else "ok", "; ".join(map(str, clocks)), cure)
 
 
-def _librkllmrt(patient: Patient) -> Finding:
-    name, file = "librkllmrt", "librkllmrt.so"
+def _librkllmrt(patient: Patient, model: Path | None) -> Finding:
+    name, file = "librkllmrt", LIBRARY
     source = "rkllm-runtime/Linux/librkllm_api/aarch64 of github.com/airockchip/rknn-llm"
     named = patient.environ.get("MMCHAT_RKLLM_LIB")
-    found = [os.path.abspath(os.path.expanduser(named))] if named else _libraries(patient, file)
-    if not found or not os.path.isfile(patient.path(found[0])):
+    own = None if named or model is None or not os.path.isfile(model / file) else model / file
+    found = [os.path.abspath(os.path.expanduser(named))] if named else [str(own)] if own else _libraries(patient, file)
+    path = own or (patient.path(found[0]) if found else None)
+    if path is None or not os.path.isfile(path):
         what = f"MMCHAT_RKLLM_LIB names {named}, which is no file" if named else f"no {file} in {_folders()}"
         return Finding(name, "problem", what, f"copy {file} from {source} to /usr/lib, or name it in MMCHAT_RKLLM_LIB")
-    path = patient.path(found[0])
     try:
         version = version_of(path)  # first: what is wrong with the file itself
         if version in FAMILY_OF_VERSION:
@@ -270,7 +273,7 @@ def _rknn_version(path: Path) -> str:
 def _libraries(patient: Patient, file: str) -> list[str]:
     """Where the library lies; one that several names lead to counts once."""
     found: dict[str, str] = {}
-    for folder in _LIBRARY_FOLDERS:
+    for folder in LIBRARY_FOLDERS:
         path = patient.path(f"{folder}/{file}")
         if os.path.isfile(path):
             found.setdefault(os.path.realpath(path), f"{folder}/{file}")
@@ -278,7 +281,7 @@ def _libraries(patient: Patient, file: str) -> list[str]:
 
 
 def _folders() -> str:
-    return ", ".join(_LIBRARY_FOLDERS)
+    return ", ".join(LIBRARY_FOLDERS)
 
 
 def _others(patient: Patient, found: list[str], version_of: Callable[[Path], str]) -> str:

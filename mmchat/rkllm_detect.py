@@ -27,6 +27,8 @@ from pathlib import Path
 from mmchat.errors import EngineError
 from mmchat.rkllm_abi import FAMILIES, FAMILY_OF_VERSION
 
+LIBRARY = "librkllmrt.so"
+LIBRARY_FOLDERS = ("/usr/lib", "/usr/lib/aarch64-linux-gnu", "/usr/local/lib")  # behind the model's own
 _VERSION_TEXTS = (
     re.compile(rb"RKLLM SDK \(version:\s*v?(\d+\.\d+\.\d+\w*)"),
     re.compile(rb"rkllm-runtime version:\s*v?(\d+\.\d+\.\d+\w*)"),

@@ -21,6 +21,7 @@ from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import DEMO, ModelSpec, cpu_caches, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
+from mmchat.rkllm_detect import LIBRARY, LIBRARY_FOLDERS
 from mmchat.saving import Restored
 from mmchat.session import Session
 from mmchat.store import Store, default_cap, open_store
@@ -151,7 +152,8 @@ def open(
 
     model: "demo", or a model folder.  engine: "openvino" for a checkpoint or an OpenVINO folder, "rkllm" for a board's
         folder; "auto" is what the folder is for.  RKLLM's library is $MMCHAT_RKLLM_LIB, else librkllmrt.so in the
-        folder, else the one in /usr/lib; $MMCHAT_RKLLM_FAMILY names its ABI where it cannot be found out.
+        folder, else the one in /usr/lib, /usr/lib/aarch64-linux-gnu or /usr/local/lib; $MMCHAT_RKLLM_FAMILY names its
+        ABI where it cannot be found out.
     store: folder for image embeddings; None is $MMCHAT_STORE, else ~/.cache/mmchat/embeddings (under
         $XDG_CACHE_HOME where that is set), or a folder for this user in the system's temporary folder where
         neither can be written.  Where that is full or read-only, embeddings are kept in memory (mmchat.store says
@@ -185,15 +187,14 @@ def outlook(spec: ModelSpec, context_rows: int) -> Outlook:
 def find_library(spec: ModelSpec) -> Path:
     """RKLLM's library.  Raises ModelDirError where there is none."""
     named = os.environ.get("MMCHAT_RKLLM_LIB")
-    places = (
-        [Path(os.path.expanduser(named))] if named else [spec.folder / "librkllmrt.so", Path("/usr/lib/librkllmrt.so")]
-    )
+    folders = [spec.folder, *map(Path, LIBRARY_FOLDERS)]
+    places = [Path(os.path.expanduser(named))] if named else [folder / LIBRARY for folder in folders]
     for place in places:
         if place.is_file():
             return place
     raise ModelDirError(
-        f"no RKLLM library: {' and '.join(map(str, places))} {'is' if named else 'are'} not there; copy the board's "
-        "librkllmrt.so into the model's folder, or name it in MMCHAT_RKLLM_LIB"
+        f"no RKLLM library: {', '.join(map(str, places))} {'is' if named else 'are'} not there; copy the board's "
+        f"{LIBRARY} into the model's folder, or name it in MMCHAT_RKLLM_LIB"
     )
 
 

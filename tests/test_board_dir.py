@@ -14,6 +14,8 @@ import pytest
 from mmchat.checkpoint import write_tensors
 from mmchat.errors import ModelDirError
 from mmchat.model_dir import MARGIN_ROWS, POSITIONS, RknnSpec, check_digests, open_model
+from mmchat.rkllm_detect import LIBRARY
+from mmchat.runtime import find_library
 from tests.rkllm_standin.__main__ import (
     LLM,
     N_PATCHES,
@@ -198,3 +200,19 @@ def test_damage_that_keeps_the_size_is_found_when_asked_for(folder: Path) -> Non
     with pytest.raises(ModelDirError, match=f"{LLM}: damaged"):
         check_digests(spec, read.append)
     assert read == [LLM]
+
+
+def test_the_library_is_looked_for_where_doctor_looks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MMCHAT_RKLLM_LIB", raising=False)
+    spec = open_model(folder)
+    places = [spec.folder, tmp_path / "lib", tmp_path / "local"]
+    monkeypatch.setattr("mmchat.runtime.LIBRARY_FOLDERS", tuple(map(str, places[1:])))
+    (spec.folder / LIBRARY).unlink(missing_ok=True)
+    with pytest.raises(ModelDirError, match=f"{places[1]}/{LIBRARY}, {places[2]}/{LIBRARY} are not there"):
+        find_library(spec)
+    for place in reversed(places):
+        place.mkdir(exist_ok=True)
+        (place / LIBRARY).write_bytes(b"")
+        assert find_library(spec) == place / LIBRARY

@@ -413,6 +413,16 @@ def test_two_of_each_library(board: Machine) -> None:
     assert board.examine()["librkllmrt"].what == "RKLLM 1.1.4 (/usr/local/lib/librkllmrt.so)"
 
 
+def test_the_models_own_library_goes_before_the_systems(board: Machine, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "librkllmrt.so").write_bytes(rkllm("1.1.4"))
+    assert board.examine(folder)["librkllmrt"].what == f"RKLLM 1.1.4 ({folder}/librkllmrt.so)"
+    board.remove(RKLLM)
+    assert board.examine(folder)["librkllmrt"].status == "ok"
+    assert board.examine()["librkllmrt"].status == "problem"
+
+
 def test_a_link_is_no_second_library(board: Machine) -> None:
     link = board.path("/usr/local/lib/librkllmrt.so")
     link.parent.mkdir(parents=True)
