@@ -54,6 +54,9 @@ def examine(
     findings = [_machine_finding(patient), _python(patient), _glibc_finding(patient), _openvino(patient)]
     if patient.soc in NPU_SOCS:
         findings += examine_npu(patient, None if model is None else model_folder(model))
+    elif model is not None and _layout(model_folder(model))[0] == "board":
+        what = "no Rockchip NPU here, and this folder's LLM runs on nothing else"
+        findings.append(Finding("npu", "advice", what, f"copy the folder to a board with {' or '.join(NPU_SOCS)}"))
     else:
         findings.append(Finding("npu", "ok", "no Rockchip NPU here: the OpenVINO engine is used"))
     findings += [_memory(patient, model), *_store(patient), _open_files(patient)]

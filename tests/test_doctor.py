@@ -736,7 +736,10 @@ def test_a_boards_folder_and_its_encoder(board: Machine, folders: dict[str, Path
 
 
 def test_a_pc_asks_nothing_of_an_encoder_for_the_npu(pc: Machine, folders: dict[str, Path]) -> None:
-    assert "encoder" not in pc.examine(folders["navit"])
+    found = pc.examine(folders["navit"])
+    assert "encoder" not in found
+    assert (found["npu"].status, "runs on nothing else" in found["npu"].what) == ("advice", True)
+    assert found["model"].status == "ok"
 
 
 def described_otherwise(folder: Path, copy: Path, **values: object) -> Path:
