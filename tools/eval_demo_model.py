@@ -5,7 +5,8 @@
 Held-out scenes only (tools.render_scenes).  An answer is right when it is the expected sentence, to the letter.
 Parts: talk (dialogues of all lengths, the model's own answers in the history), gold (the first of them again, with
 the expected answers in the history), print (small print with and without slicing: right when the text is in the
-answer), rephrased (questions of tests/data/rephrasings.json), plain (pictures as people draw them for a test).
+answer), rephrased (questions of tests/data/rephrasings.json), plain (pictures as people draw them for a test), order
+(the same question about the same picture, before it and after it).
 Intervals are Wilson's at 95 %.
 """
 
@@ -26,7 +27,7 @@ from PIL.Image import Image
 
 import mmchat
 from tools.render_scenes import COLORS, SHAPES, WORDS, Scene, Style, draw, plain_scene, sample_scene, view_plan
-from tools.scene_talk import CANNOT, NUMBERS, Dialogue, Question, about_many, about_one, make_dialogue
+from tools.scene_talk import CANNOT, NUMBERS, Dialogue, Question, about_many, about_one, make_dialogue, word
 
 REPHRASINGS = Path(__file__).parent.parent / "tests" / "data" / "rephrasings.json"
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "print": lambda rt: small_print(rt, options.answers // 10, options.seed),
         "rephrased": lambda rt: rephrased(rt, options.per_rephrasing, options.seed),
         "plain": plain,
+        "order": lambda rt: either_way(rt, options.answers // 10, options.seed),
     }
     answers: list[Answer] = []
     began = time.monotonic()
@@ -119,6 +121,18 @@ def small_print(rt: mmchat.Runtime, n_pictures: int, seed: int) -> Iterator[Answ
             yield Answer("print", task, text in spoken, "", text, got, max_slice_nums=max_slice_nums)
 
 
+def either_way(rt: mmchat.Runtime, n_questions: int, seed: int) -> Iterator[Answer]:
+    """A picture, then a question about it; and the question, then the picture."""
+    rng = Random(f"order {seed}")
+    for _ in range(n_questions):
+        scene = sample_scene(rng, held_out=True)
+        question = about_one(rng, scene, view_plan(scene.size))
+        text, picture = word(rng, question.worded(rng), "", " the image"), draw(scene)
+        for order, parts in (("picture first", [picture, text]), ("question first", [f"{text} ", picture])):
+            got = rt.session().ask(parts).text
+            yield Answer("order", order, got == question.answer, text, question.answer, got)
+
+
 def rephrased(rt: mmchat.Runtime, per_rephrasing: int, seed: int) -> Iterator[Answer]:
     """Questions in words that training never used, each about some pictures for which it has its usual meaning."""
     rng = Random(f"rephrased {seed}")
@@ -164,6 +178,7 @@ def tabulate(answers: Sequence[Answer]) -> dict[str, dict[str, tuple[int, int, f
         "history": lambda a: a.history if a.part == "gold" else None,
         "small print": lambda a: a.task if a.part == "print" else None,
         "rephrased by task": lambda a: a.task if a.part == "rephrased" else None,
+        "order": lambda a: a.task if a.part == "order" else None,
         "plain pictures": lambda a: a.task if a.part == "plain" else None,
         "parts": lambda a: a.part,
     }
@@ -265,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", default="demo", help="model folder, or demo")
     parser.add_argument("--answers", type=int, default=2000, help="answers of the part talk; the others follow")
     parser.add_argument("--per-rephrasing", type=int, default=3)
-    parser.add_argument("--parts", default="talk,gold,print,rephrased,plain")
+    parser.add_argument("--parts", default="talk,gold,print,rephrased,plain,order")
     parser.add_argument("--json", default="", help="file for the figures and all wrong answers")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
