@@ -34,7 +34,7 @@ EMPHASIS = {
 # By the number of pictures in a short dialogue: how many of them are cut.
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
 # How many questions that come with a picture stand before it.
-_P_QUESTION_FIRST = 0.1
+_P_QUESTION_FIRST = 0.3
 
 
 @dataclass(frozen=True)
