@@ -128,7 +128,11 @@ def either_way(rt: mmchat.Runtime, n_questions: int, seed: int) -> Iterator[Answ
         scene = sample_scene(rng, held_out=True)
         question = about_one(rng, scene, view_plan(scene.size))
         text, picture = word(rng, question.worded(rng), "", " the image"), draw(scene)
-        for order, parts in (("picture first", [picture, text]), ("question first", [f"{text} ", picture])):
+        orders: dict[str, list[str | Image]] = {
+            "picture first": [picture, text],
+            "question first": [f"{text} ", picture],
+        }
+        for order, parts in orders.items():
             got = rt.session().ask(parts).text
             yield Answer("order", order, got == question.answer, text, question.answer, got)
 
