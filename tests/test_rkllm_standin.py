@@ -311,7 +311,8 @@ def test_kv_broken_append_counts_right_and_forgets(switch: Any) -> None:
         before = standin.kv_size()
         assert before == len(first) + n_new
         outcome = standin.run(new, keep_history=1)
-        assert standin.kv_size() == before + len(new) + len(outcome.ids)
+        n_fed = len(outcome.ids) - (len(outcome.ids) == 64)  # the last of as many as are allowed is not fed
+        assert standin.kv_size() == before + len(new) + n_fed
         assert outcome.ids == ids_without_history(new)
 
 
@@ -437,7 +438,7 @@ def test_ignore_eos_token() -> None:
 def babble(standin: Driver) -> Outcome:
     """Tokens drawn so hot that many begin or end within a character."""
     sampling = standin.abi.RKLLMSamplingParam(top_k=0, top_p=1.0, temperature=50.0, repeat_penalty=1.0)
-    return standin.run(noise(4), sampling=sampling, max_new_tokens=400)
+    return standin.run(noise(5), sampling=sampling, max_new_tokens=400)
 
 
 def cut_off(outcome: Outcome) -> list[int]:

@@ -111,7 +111,7 @@ def test_without_av_pictures_go_and_videos_say_what_to_install(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "av", None)
     assert len(frames_of(open_source(tmp_path))[0]) == 1
     for source in (str(tmp_path / "a.mkv"), "/dev/video0", "rtsp://127.0.0.1/"):
-        with pytest.raises(VideoError, match=r"pip install 'mmchat\[video\]'"):
+        with pytest.raises(VideoError, match=r"pip install av"):
             open_source(source)
 
 

@@ -160,7 +160,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 def test_without_onnx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModelDirError, match=r"pip install 'mmchat\[convert\]'"):
+    with pytest.raises(ModelDirError, match=r"pip install onnx"):
         vision_onnx.plan(SPEC)
 
 
