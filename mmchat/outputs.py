@@ -128,6 +128,14 @@ class Work:
         replace_file(self._path, json.dumps(self._state).encode())
 
 
+def remove_work(folder: Path) -> None:
+    """Remove a folder that Work made, its state last: killed on the way, a new Work goes on in what is left."""
+    for path in folder.iterdir():
+        if path.name != CONVERT_STATE:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
 def stamp(path: Path) -> list[int]:
     """What changes when a file does: size and time."""
     status = path.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmchat.errors import DiskFull, ModelDirError
-from mmchat.outputs import Work, check_space, describe_bytes, free_bytes, only_writer, remove_temporary
+from mmchat.outputs import Work, check_space, describe_bytes, free_bytes, only_writer, remove_temporary, remove_work
 
 
 def test_room_is_looked_at_on_the_disk_of_a_folder_to_be(tmp_path: Path) -> None:
@@ -74,6 +75,39 @@ def test_work_goes_on_with_what_is_not_complete(tmp_path: Path) -> None:
     assert (again.has("one"), again.has("two"), again.has("three")) == (True, False, False)
     (tmp_path / "one").write_bytes(b"longer")
     assert not again.has("one")
+
+
+KILLED_REMOVING = """
+import os, signal, sys
+from pathlib import Path
+from mmchat.outputs import remove_work
+
+def hook(event, arguments, left=[int(sys.argv[2])]):
+    if event in ("os.remove", "os.rmdir"):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+remove_work(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("n_removed", range(5))
+def test_work_goes_on_in_a_folder_that_was_being_removed(tmp_path: Path, n_removed: int) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    work = Work(folder, {"from": 1})
+    for name in ("one", "two", "three"):
+        work.prepare(name).write_bytes(b"1")
+        work.finish(name)
+    process = subprocess.run([sys.executable, "-c", KILLED_REMOVING, str(folder), str(n_removed)])
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(folder.iterdir())) == 4 - n_removed
+    again = Work(folder, {"from": 1})
+    assert all(again.has(name) == (folder / name).exists() for name in ("one", "two", "three"))
+    remove_work(folder)
+    assert not folder.exists()
 
 
 def test_another_source_begins_anew(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.convert.steps import WORK, Steps
 from mmchat.errors import ModelDirError, OptionError
 from mmchat.model_dir import BOARD_FILE, ModelSpec, check_digests, open_model
-from mmchat.outputs import check_space, only_writer, remove_temporary, replace_file, stamp
+from mmchat.outputs import check_space, only_writer, remove_temporary, remove_work, replace_file, stamp
 from mmchat.prompt import ChatTokenizer
 
 LLM, TABLE, VISION, CPU_VISION = "model.rkllm", "embed_table.safetensors", "vision.rknn", "vision.safetensors"
@@ -240,7 +240,7 @@ def _vision(spec: ModelSpec, options: llm_rkllm.Options, made_from: Any, python:
         vision_onnx.run(exported, work / "onnx", progress)
         report = vision_rknn.run(vision_rknn.plan(work / "onnx", options.target), work / VISION, python(), tell)
         shutil.copyfile(work / "onnx" / POSITIONS, work / POSITIONS)
-        shutil.rmtree(work / "onnx")
+        remove_work(work / "onnx")
         return report
 
     key = [options.target, exported.n_patches, made_from]

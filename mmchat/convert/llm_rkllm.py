@@ -28,7 +28,7 @@ from mmchat.convert.calibration import Embedder, Talk, talks_in
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.outputs import check_space, only_writer
+from mmchat.outputs import check_space, only_writer, remove_work
 
 DTYPES = {
     "rk3588": ("w8a8", "w8a8_g128", "w8a8_g256", "w8a8_g512"),
@@ -178,7 +178,7 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Pr
             os.replace(made, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(plain)
+        remove_work(plain)
         log.unlink(missing_ok=True)
     return report
 
