@@ -533,12 +533,14 @@ class Session:
             if end > reused and isinstance(piece, ImageRows):
                 again.add(piece.key)
         missing = {key for key in own | again if not self._store.peek(key)}
-        for image in _images_of(turns):
-            if image.original is not None:
-                for key in missing.intersection(image.keys) - own:
-                    if image.original.embedding(key) is not None:
-                        missing.discard(key)
-        return len(missing)
+        came = {  # with the file that the conversation was loaded from
+            key
+            for image in _images_of(turns)
+            if image.original
+            for key in missing.intersection(image.keys) - own
+            if image.original.embedding(key) is not None
+        }
+        return len(missing - came)
 
     # Running
 

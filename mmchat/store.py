@@ -326,7 +326,7 @@ class Store:
                     total = self._evict(int(self.cap_bytes * _EVICT_TO) - len(data)) + len(data)
                 try:
                     os.replace(temporary, path)
-                except FileNotFoundError:  # the first of its kind
+                except FileNotFoundError:  # the first in its folder
                     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                     os.replace(temporary, path)
                 self._set_total(total)
