@@ -72,8 +72,8 @@ _AUXILIARY_WEIGHT = 0.3
 _FACTS_WEIGHT = 0.1
 # The pool of cached pictures is filled in quarters, so many steps apart: the first answers need not wait for all.
 _POOL_STEPS = 400
-# Of the scenes whose views teach the encoder.
-_P_CROWDED = 0.45
+# Of the scenes whose views teach the encoder: three and four shapes, and one or two with little print.
+_P_CROWDED, _P_SPARSE = 0.3, 0.25
 
 
 @dataclass(frozen=True)
@@ -261,10 +261,14 @@ class Trainer:
             ("average", self.average),
         ):
             torch._foreach_lerp_(list(own.values()), [other[name][key] for key in own], 0.5)
-        if self._pairs:
-            torch._foreach_copy_([working for _, working in self._pairs], [master for master, _ in self._pairs])
+        self._refresh_work()
         self._saved_at = time.monotonic()  # so that both save next at the same time
         return True
+
+    def _refresh_work(self) -> None:
+        """The working copy, where there is one, is what the model has become."""
+        if self._pairs:
+            torch._foreach_copy_([working for _, working in self._pairs], [master for master, _ in self._pairs])
 
     def _checkpoint(self) -> dict[str, Any] | None:
         path = self.out / "checkpoint.pt"
@@ -307,8 +311,7 @@ class Trainer:
         for optimiser in self._optimisers:
             optimiser.step()
         with torch.no_grad():
-            if self._pairs:
-                torch._foreach_copy_([working for _, working in self._pairs], [master for master, _ in self._pairs])
+            self._refresh_work()
             values = list(self.model.state_dict().values())
             torch._foreach_lerp_(list(self.average.values()), values, 1 - _AVERAGE_KEEPS)
 
@@ -493,10 +496,12 @@ class _VisionData(IterableDataset[VisionBatch]):
         rng = Random(f"training views {self._seed}")
         usual = Style(p_text=0.85, p_sliced=0.6, spelling=True, p_more_text=0.7)
         crowded = [replace(usual, n_shapes=n, p_text=0.6, p_more_text=0.3) for n in (3, 4, 4)]  # learned last
+        sparse = [Style(n_shapes=n, p_text=0.3) for n in (1, 1, 2)]  # else lone large shapes are forgotten
         while True:
             views: list[View] = []
             while len(views) < self._batch:
-                style = rng.choice(crowded) if rng.random() < _P_CROWDED else usual
+                (kind,) = rng.choices((crowded, sparse, [usual]), (_P_CROWDED, _P_SPARSE, 1 - _P_CROWDED - _P_SPARSE))
+                style = rng.choice(kind)
                 views += sampled_views(rng, sample_scene(rng, style, held_out=False))
             yield vision_batch(views)
 
