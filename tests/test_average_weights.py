@@ -24,7 +24,7 @@ def run(folder: Path, seed: int, tokenizer: str) -> dict[str, Any]:
     (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     torch.manual_seed(seed)
     n_ids = ChatTokenizer(folder / "tokenizer.json").n_ids
-    average: dict[str, Any] = DemoModel(DemoConfig(vocab_size=-(-n_ids // 16) * 16)).state_dict()
+    average: dict[str, Any] = DemoModel(DemoConfig.of(n_ids)).state_dict()
     torch.save({"model": {}, "average": average, "tokenizer": tokenizer}, folder / "checkpoint.pt")
     for name in ("heads.pt", "fact_heads.pt"):
         torch.save({}, folder / name)

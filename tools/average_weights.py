@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("tokenizer.json", "heads.pt", "fact_heads.pt"):
         shutil.copy(options.runs[0] / name, options.out / name)
     tokenizer = ChatTokenizer(options.out / "tokenizer.json")
-    model = DemoModel(DemoConfig(vocab_size=-(-tokenizer.n_ids // 16) * 16))
+    model = DemoModel(DemoConfig.of(tokenizer.n_ids))
     save_both(model, options.out, first["tokenizer"], tokenizer.special, mean)
     torch.save({**first, "model": mean, "average": mean}, options.out / "checkpoint.pt")
     print(f"done: {options.out / 'model'}")

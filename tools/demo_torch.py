@@ -44,6 +44,11 @@ class DemoConfig:
     patch_size: int = 14
     position_side: int = 16
 
+    @classmethod
+    def of(cls, n_ids: int) -> DemoConfig:
+        """For a tokenizer with so many ids; the table has rows for a multiple of 16."""
+        return cls(vocab_size=-(-n_ids // 16) * 16)
+
     def published(self, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
         """config.json in the layout of the published checkpoint."""
         return {

@@ -31,8 +31,12 @@ EMPHASIS = {
     "exists": 1.6, "which": 1.5, "same_background": 1.2, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
     "shape": 1.4, "at": 1.3, "more": 1.5, "background": 0.6, "backgrounds": 0.5, "n_images": 0.4,
 }  # fmt: skip
-# By the number of pictures in a short dialogue: how many of them are cut.
+# By the number of pictures in a short dialogue: how many of them are cut.  Training has fewer: reading is learned from
+# labels, and an answer about shapes takes one view.
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
+_TRAINED_SLICED = 0.5
+# Rows of a batch's dialogues: about equal, so that little is padding.
+_JOINT_ROWS = (288, 448, 640)
 # How many questions that come with a picture stand before it.
 _P_QUESTION_FIRST = 0.3
 
@@ -171,19 +175,31 @@ class JointData(IterableDataset[TextBatch]):
         while True:
             encoded: list[Encoded] = []
             views: list[View] = []
+            max_rows = _JOINT_ROWS[-1] if self._held_out else rng.choice(_JOINT_ROWS)
             while len(views) < self._n_views:
-                n_images = rng.choices((1, 2, 3, 4, 6, 8), (0.42, 0.33, 0.17, 0.08, *(self._p_many,) * 2))[0]
-                scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=_P_SLICED.get(n_images, 0.15))
-                plans = [chosen_plan(rng, scene) for scene in scenes]
-                if sum(plan.n_inputs for plan in plans) > 24:
+                dialogue = self._dialogue(rng, max_rows)
+                if dialogue is None:
                     continue
-                emphasis = None if self._held_out else EMPHASIS
-                dialogue = make_dialogue(rng, scenes, plans, rng.randint(4, 8), emphasis=emphasis)
-                one = encode_dialogue(dialogue, tokenizer, 640, with_facts=not self._held_out)
+                one = encode_dialogue(dialogue, tokenizer, max_rows, with_facts=not self._held_out)
                 for scene, plan in zip(one.dialogue.scenes, one.dialogue.plans, strict=True):
                     views += views_of(scene, plan, QUERY_NUM)
                 encoded.append(one)
             yield text_batch(encoded, views)
+
+    def _dialogue(self, rng: Random, max_rows: int) -> Dialogue | None:
+        """None where the pictures leave too little room.  In training it fills max_rows, and is cut later."""
+        n_images = rng.choices((1, 2, 3, 4, 6, 8), (0.42, 0.33, 0.17, 0.08, *(self._p_many,) * 2))[0]
+        p_sliced = _P_SLICED.get(n_images, 0.15) * (1.0 if self._held_out else _TRAINED_SLICED)
+        scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=p_sliced)
+        plans = [chosen_plan(rng, scene) for scene in scenes]
+        n_inputs = sum(plan.n_inputs for plan in plans)
+        if self._held_out:
+            return make_dialogue(rng, scenes, plans, rng.randint(4, 8)) if n_inputs <= 24 else None
+        room = max_rows - n_inputs * (QUERY_NUM + 2)
+        if room < 0.4 * max_rows:
+            return None
+        dialogue = make_dialogue(rng, scenes, plans, room // 28, emphasis=EMPHASIS)
+        return with_questions_first(rng, dialogue, _P_QUESTION_FIRST)
 
 
 class PoolData(IterableDataset[tuple[list[tuple[Scene, SlicePlan]], VisionBatch]]):
@@ -234,7 +250,7 @@ class CachedData(IterableDataset[TextBatch]):
             yield from (text_batch(batch) for batch in batches if batch)
 
     def _dialogue(self, rng: Random, tokenizer: ChatTokenizer, by_background: dict[str, list[int]]) -> Encoded:
-        long = rng.random() < 0.33
+        long = rng.random() < 0.42
         max_rows = MAX_ROWS if long else 448
         n_images = (
             rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.03, 0.09, 0.12, 0.14, 0.15, 0.15, 0.16, 0.16))[0]

@@ -68,7 +68,6 @@ _SAVE_EVERY_S = 150.0
 _PRINT_EVERY_S = 20.0
 _MEETING_S = 40.0
 _JUDGE_EVERY_S = 300.0
-_AUXILIARY_WEIGHT = 0.3
 _FACTS_WEIGHT = 0.1
 # The pool of cached pictures is filled in quarters, so many steps apart: the first answers need not wait for all.
 _POOL_STEPS = 400
@@ -135,7 +134,7 @@ class Trainer:
         tokenizer_file = self.out / "tokenizer.json"
         tokenizer_file.write_text(self.tokenizer_json, encoding="utf-8")
         self.tokenizer = ChatTokenizer(tokenizer_file)
-        self.config = DemoConfig(vocab_size=-(-self.tokenizer.n_ids // 16) * 16)
+        self.config = DemoConfig.of(self.tokenizer.n_ids)
         self.model = DemoModel(self.config)
         self.heads = LabelHeads(self.config)
         self.fact_heads = FactHeads(self.config)
@@ -337,7 +336,8 @@ class Trainer:
             aux, seen = self.heads(features, rows, batch.vision)
             said, figures = self._talk_loss(batch, rows.flatten(0, 1))
             kept = {"seen": seen["seen"], "read": seen["read"]}
-            yield said + _AUXILIARY_WEIGHT * aux, {**figures, **kept}, len(batch.ids)
+            n_answers = sum(len(dialogue.turns) for dialogue in batch.dialogues)
+            yield said + self.options.labels_weight * aux, {**figures, **kept}, n_answers
 
     def _llm_losses(self, plan: StagePlan) -> Iterator[tuple[Tensor, dict[str, float], int]]:
         seed = self.options.seed * 1000 + int(self.stage_s)
@@ -630,6 +630,9 @@ def _parser() -> argparse.ArgumentParser:
         "--pool-file",
         default="",
         help="where the cached pictures are kept; read, again now and then, where it exists (same vision weights!)",
+    )
+    parser.add_argument(
+        "--labels-weight", type=float, default=0.3, help="of the dense labels in joint; late, 0.05 lets answers count"
     )
     parser.add_argument("--judge-batches", type=int, default=12, help="held-out batches per progress check")
     parser.add_argument("--seed", type=int, default=1)
