@@ -530,21 +530,25 @@ def _sampling(path: Path) -> Sampling:
         raise ModelDirError(f"{path}: {error}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ModelDirError: it cannot be read, or is no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelDirError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ModelDirError(f"{path}: not a JSON object")
+    return values
+
+
 class _Json:
     """A JSON object whose values are taken by name and type."""
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None) -> None:
         self.path = path
-        if values is None:
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
-            except (ValueError, RecursionError) as error:
-                raise ModelDirError(f"{path}: not JSON ({error})") from None
-            if not isinstance(values, dict):
-                raise ModelDirError(f"{path}: not a JSON object")
-        self.values = values
+        self.values = read_json(path) if values is None else values
 
     def inner(self, name: str) -> _Json:
         value = self.values.get(name)

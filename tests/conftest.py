@@ -31,6 +31,25 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
 
 
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    """A red circle on blue."""
+    return _circle(tmp_path / "red circle.png", "red", "blue")
+
+
+@pytest.fixture
+def green(tmp_path: Path) -> Path:
+    """A green circle on white."""
+    return _circle(tmp_path / "green.png", "green", "white")
+
+
+def _circle(path: Path, color: str, background: str) -> Path:
+    from tests.test_demo import picture
+
+    picture("circle", color, background).save(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Vectors recorded from the published code: in $MMCHAT_REFERENCE, or shared/reference beside the checkout."""

@@ -70,22 +70,6 @@ def refused(*words: str | Path, stdin: str | bytes = b"", code: int = 1) -> str:
     return err
 
 
-@pytest.fixture
-def red(tmp_path: Path) -> Path:
-    """A red circle on blue."""
-    path = tmp_path / "red circle.png"
-    picture("circle", "red", "blue").save(path)
-    return path
-
-
-@pytest.fixture
-def green(tmp_path: Path) -> Path:
-    """A green circle on white."""
-    path = tmp_path / "green.png"
-    picture("circle", "green", "white").save(path)
-    return path
-
-
 # ask
 
 

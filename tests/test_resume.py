@@ -19,21 +19,7 @@ from tests.conversation import picture as numbered
 from tests.rkllm_standin.__main__ import write_board_folder
 from tests.rkllm_standin.build import library
 from tests.test_cli import mmchat_command, refused, run_here
-from tests.test_demo import BACKGROUND, CIRCLE, picture
-
-
-@pytest.fixture
-def red(tmp_path: Path) -> Path:
-    path = tmp_path / "red circle.png"
-    picture("circle", "red", "blue").save(path)
-    return path
-
-
-@pytest.fixture
-def green(tmp_path: Path) -> Path:
-    path = tmp_path / "green.png"
-    picture("circle", "green", "white").save(path)
-    return path
+from tests.test_demo import BACKGROUND, CIRCLE
 
 
 def talk(session: mmchat.Session, n_first: int, n_turns: int) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from mmchat.slicing import SlicePlan
 from tools import wordings
@@ -184,16 +185,10 @@ def about_one(
     emphasis: Mapping[str, float] | None = None,
 ) -> Question:
     """A question about one picture; of the given task where the picture allows it."""
-    factors = emphasis or {}
-    makers = [(maker, weight * factors.get(name, 1.0)) for name, maker, weight in _ONE if task is None or name == task]
-    for _ in range(30):
-        (maker,) = rng.choices([m for m, _ in makers], [w for _, w in makers])
-        question = maker(rng, scene, plan)
-        if question is not None:
-            return question
-    if task is not None:
+    question = _one_of(rng, _ONE, task, emphasis, scene, plan)
+    if question is None and task is not None:
         raise ValueError(f"no question of task {task!r} about {scene.facts!r}")
-    return Question("background", wordings.BACKGROUND, f"The background is {scene.background}.")
+    return question or Question("background", wordings.BACKGROUND, f"The background is {scene.background}.")
 
 
 def about_many(
@@ -204,16 +199,29 @@ def about_many(
     emphasis: Mapping[str, float] | None = None,
 ) -> Question:
     """A question that compares the pictures, of which there are two or more."""
+    question = _one_of(rng, _MANY, task, emphasis, scenes, plans)
+    if question is None and task is not None:
+        raise ValueError(f"no question of task {task!r} about these pictures")
+    return question or Question("n_images", wordings.N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
+
+
+def _one_of(
+    rng: Random,
+    tasks: Sequence[tuple[str, Callable[..., Question | None], float]],
+    task: str | None,
+    emphasis: Mapping[str, float] | None,
+    *shown: Any,
+) -> Question | None:
+    """None where 30 tries made no question about what is shown."""
     factors = emphasis or {}
-    makers = [(maker, weight * factors.get(name, 1.0)) for name, maker, weight in _MANY if task is None or name == task]
+    among = [(maker, weight * factors.get(name, 1.0)) for name, maker, weight in tasks if task is None or name == task]
+    makers, weights = zip(*among, strict=True)
     for _ in range(30):
-        (maker,) = rng.choices([m for m, _ in makers], [w for _, w in makers])
-        question = maker(rng, scenes, plans)
+        (maker,) = rng.choices(makers, weights)
+        question: Question | None = maker(rng, *shown)
         if question is not None:
             return question
-    if task is not None:
-        raise ValueError(f"no question of task {task!r} about these pictures")
-    return Question("n_images", wordings.N_IMAGES, f"There are {NUMBERS[len(scenes)]} images.")
+    return None
 
 
 def text_state(scene: Scene, plan: SlicePlan) -> str:

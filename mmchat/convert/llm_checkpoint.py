@@ -15,6 +15,7 @@ from typing import Any
 from mmchat.checkpoint import TensorInfo, blocks, read_header, weight_files, write_atomic, write_raw_tensors
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.errors import ModelDirError
+from mmchat.model_dir import read_json
 from mmchat.outputs import Work, check_space, only_writer, stamp
 
 _PREFIX = "llm."
@@ -160,7 +161,7 @@ def _index(shards: tuple[Shard, ...]) -> dict[str, Any]:
 
 
 def _config(source: Path, has_head: bool) -> dict[str, Any]:
-    values = _read_json(source / "config.json")
+    values = read_json(source / "config.json")
     if values.get("model_type") != "minicpmv":
         raise ModelDirError(f"{source / 'config.json'}: model_type is {values.get('model_type')!r}, not 'minicpmv'")
     config = {key: values[key] for key in _CONFIG_KEYS if key in values}
@@ -173,21 +174,9 @@ def _config(source: Path, has_head: bool) -> dict[str, Any]:
 def _tokenizer_config(source: Path) -> dict[str, Any]:
     """The checkpoint's, without its own Python class: tokenizer.json says all that there is to say."""
     path = source / "tokenizer_config.json"
-    values = _read_json(path) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
     values.pop("auto_map", None)
     return {**values, "tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelDirError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelDirError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ModelDirError(f"{path}: not a JSON object")
-    return values
 
 
 def _json(value: dict[str, Any]) -> bytes:
