@@ -196,8 +196,11 @@ def pull(plan: Plan, folder: Path, progress: Progress) -> list[Pulled]:
         check_space(folder, lacking_bytes(todo, folder))
         files = []
         for job in plan.jobs:
-            digest = kept.get(job.name) or _fetch(job, folder, plan.hub, progress)
-            record.add(job, digest)
+            if (digest := kept.get(job.name)) is None:
+                digest = _fetch(job, folder, plan.hub, record, progress)
+            else:
+                record.add(job, digest)
+                fetch.drop_part(folder / job.name)  # of one that was killed
             files.append(Pulled(job.name, job.n_bytes, digest, job.name not in kept))
         record.complete(plan)
         return files
@@ -253,6 +256,8 @@ class _Record:
         if self._values["repo"] not in (None, repo):
             raise ModelDirError(f"{self._path.parent}: holds {self._values['repo']}, not {repo}; give another folder")
         if not isinstance(hub, str):
+            if self._values["commit"] != hub.commit:
+                self._values["complete"] = {}  # of another commit
             self._values.update(repo=repo, commit=hub.commit)
 
     def names(self, part: str) -> list[str] | None:
@@ -356,8 +361,8 @@ def _kept(job: Job, folder: Path, record: _Record, progress: Progress) -> str | 
     return found if _is_right(path, job.whole, found) else None
 
 
-def _fetch(job: Job, folder: Path, hub: Hub, progress: Progress) -> str:
-    """Fetch one file, look at it, and move it into place; its SHA-256."""
+def _fetch(job: Job, folder: Path, hub: Hub, record: _Record, progress: Progress) -> str:
+    """Fetch one file, look at it, put it on record, and move it into place; its SHA-256."""
     path = folder / job.name
     for last_time in (False, True):
         part = fetch.fetch(path, job.pieces, hub.headers, lambda done, total: progress(job.name, done, total))
@@ -367,6 +372,7 @@ def _fetch(job: Job, folder: Path, hub: Hub, progress: Progress) -> str:
         else:
             problem = None if _is_right(part, job.whole, digest) else "what came has another digest than the hub says"
         if problem is None:
+            record.add(job, digest)  # for _kept, which compares; killed after the move, it would be fetched again
             part.replace(path)
             fetch.drop_part(path)
             return digest

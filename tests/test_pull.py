@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,41 @@ def test_a_model_that_asks_for_consent_says_how(hub: FakeHub) -> None:
 def test_a_hub_that_is_not_there_is_named() -> None:
     with pytest.raises(DownloadError, match=r"http://127\.0\.0\.1:9: "):
         pull.look("owner/model", endpoint="http://127.0.0.1:9")
+
+
+def test_half_of_a_newer_commit_is_not_whole(hub: FakeHub, tmp_path: Path) -> None:
+    """Offline, files of two commits are not taken for a model."""
+    get(hub, tmp_path)
+    plan = pull.plan(pull.look(hub.repo, endpoint=hub.endpoint))
+    newer = replace(plan, hub=replace(plan.hub, commit="0" * 40))
+    for name in ("config.json", SHARD):
+        (tmp_path / name).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        pull.pull(newer, tmp_path, lambda name, done, total: interrupted() if name == SHARD else None)
+    assert (tmp_path / "config.json").exists()
+    get(hub, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / SHARD, tmp_path)  # as commit A had it
+    with pytest.raises(DownloadError, match="does not hold 'all'"):
+        pull.offline(hub.repo, tmp_path, "all", lambda *_: None)
+    get(hub, tmp_path)
+    pull.offline(hub.repo, tmp_path, "all", lambda *_: None)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_killed_after_a_file_was_moved_it_is_not_fetched_again(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "embed_table.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch, "drop_part", lambda path: interrupted() if path == table else None)
+        with pytest.raises(KeyboardInterrupt):
+            get(hub, tmp_path, "table")
+    assert table.exists()
+    assert not get(hub, tmp_path, "table")[table.name].fetched
+    assert not list(tmp_path.glob(".embed*"))
 
 
 def test_two_models_do_not_share_a_folder(hub: FakeHub, tmp_path: Path) -> None:
