@@ -158,6 +158,7 @@ def test_kills_at_any_moment_lose_and_double_no_line(mode: tuple[str, ...], tmp_
         if n_seen == len(expected):  # it was quicker than the kill: begin anew
             assert facts(out) == expected
             out.unlink()
+            subtitles.unlink()
             n_seen = 0
     process = caption_child(tmp_path / "store", *words, "-o", out, "-o", subtitles, "--resume")
     assert process.communicate(timeout=600) == (b"", b"")
@@ -201,6 +202,34 @@ def test_files_that_are_there_are_kept_unless_told_otherwise(no_model: FakeRunti
     assert len(webvtt.read("a.vtt").captions) == 6
     assert run_here("caption", video, "-o", "a.jsonl", "--overwrite", "--every", "2s", *short)[0] == 0
     assert len(captions_in(Path("a.jsonl"))) == 3
+
+
+def test_resume_never_empties_what_it_cannot_make_again(no_model: FakeRuntime, video: Path) -> None:
+    """Without the journal of the first run, with a mistyped name, or with somebody else's file."""
+    short = ("--max-new-tokens", "2")
+    assert run_here("caption", video, "-o", "a.srt", *short)[0] == 0
+    made = Path("a.srt").read_text()
+    told = refused("caption", video, "-o", "a.srt", *short, code=2)
+    assert "a.srt is there already: --overwrite begins anew" in told
+    told = refused("caption", video, "-o", "a.srt", "-o", "a.jsonl", "--resume", *short, code=2)
+    assert "a.srt is there, but not a.jsonl, from which --resume goes on" in told
+    for content in ("precious", '{"time": 0}\nprecious'):
+        Path("theirs.jsonl").write_text(content)
+        told = refused("caption", video, "-o", "theirs.jsonl", "--resume", *short)
+        assert "its last line is no caption" in told
+        assert Path("theirs.jsonl").read_text() == content
+    assert Path("a.srt").read_text() == made
+
+
+def test_a_page_of_captions_that_were_made_without_one_has_no_broken_pictures(
+    no_model: FakeRuntime, video: Path
+) -> None:
+    short = ("--max-new-tokens", "2")
+    assert run_here("caption", video, "-o", "a.jsonl", *short)[0] == 0
+    assert run_here("caption", video, "-o", "a.jsonl", "-o", "a.html", "--resume", *short)[0] == 0
+    page = Path("a.html").read_text()
+    assert page.count("<figure>") == 6
+    assert "<img" not in page
 
 
 def test_resume_notices_another_source(no_model: FakeRuntime, video: Path) -> None:

@@ -133,8 +133,15 @@ def _check_files(wanted: Wanted, plan: Plan) -> tuple[Path | None, list[Path]]:
     if wanted.resume and wanted.when and plan.story:
         raise UsageError("--resume with --when has only the captions that were kept, and --story needs them all")
     there = [path for path in wanted.files if path.exists() and path.stat().st_size]
+    goes_on = bool(journals) and journals[0].exists()
+    if there and wanted.resume and not goes_on:
+        raise UsageError(
+            f"{there[0]} is there, but not {journals[0]}, from which --resume goes on: "
+            "give the first run's .jsonl file, or --overwrite"
+        )
     if there and not (wanted.resume or wanted.overwrite):
-        raise UsageError(f"{there[0]} is there already: --resume goes on with it, --overwrite begins anew")
+        how = "--resume goes on with it, " if goes_on else ""
+        raise UsageError(f"{there[0]} is there already: {how}--overwrite begins anew")
     return (journals[0] if journals else None), others
 
 

@@ -16,13 +16,17 @@ from mmchat.errors import VideoError
 from mmchat.video.values import Caption
 
 _BLOCK = 1 << 16
+_BEGINS = b'{"time": '  # every line
 
 
 class Journal:
     """run: names the settings that the captions are made with; a file that was made with others is refused."""
 
     def __init__(self, path: Path, run: str, *, resume: bool) -> None:
-        """resume: keep what is there.  Raises VideoError: another process writes it.  Raises OSError."""
+        """resume: keep what is there.
+
+        Raises VideoError: another process writes it, or what a kill left at its end is no caption.  Raises OSError.
+        """
         self._path, self._run = path, run
         self._file = path.open("a+b", buffering=0)
         try:
@@ -31,6 +35,10 @@ class Journal:
             self._file.close()
             raise VideoError(f"{path}: another run is writing it") from None
         self._kept = self._end_of_last_line() if resume else 0
+        begun = os.pread(self._file.fileno(), len(_BEGINS), self._kept) if resume else b""
+        if not _BEGINS.startswith(begun):
+            self._file.close()
+            raise VideoError(f"{path}: its last line is no caption; it cannot be continued")
         self._file.truncate(self._kept)
 
     def captions(self) -> Iterator[Caption]:

@@ -149,12 +149,13 @@ class _Page:
 
     def _figure(self, number: int, caption: Caption) -> str:
         place = quote(os.fsencode(f"{self._folder.name}/{self._picture(caption).name}"))  # an address: "#1" is a place
+        picture = f'<img src="{place}" loading="lazy" alt="frame {caption.index}">'
+        if not self._picture(caption).exists():  # of a run before that wrote no page
+            picture = ""
         name = f" <small>{html.escape(caption.name)}</small>" if caption.name else ""
         span = f"{clock(caption.time)} – {clock(caption.end)}"
-        return (
-            f'<figure><img src="{place}" loading="lazy" alt="frame {caption.index}">'
-            f"<figcaption><time>{span}</time>{name}<p>{html.escape(caption.text)}</p></figcaption></figure>\n"
-        )
+        told = f"<time>{span}</time>{name}<p>{html.escape(caption.text)}</p>"
+        return f"<figure>{picture}<figcaption>{told}</figcaption></figure>\n"
 
 
 _KINDS: dict[str, Callable[[Path, str], Output]] = {".srt": _srt, ".vtt": _vtt, ".csv": _Csv, ".html": _Page}
