@@ -17,6 +17,7 @@ PULL_RECORD = ".mmchat-pull.json"
 _BOARD_FILE = "mmchat.json"
 # What pull --only fetches, and what it is.
 _PARTS = {"embed_table.safetensors": "the token rows", "vision.safetensors": "the vision encoder"}
+_OPENVINO = "openvino"  # the step of mmchat convert openvino; its folder is a model when config.json has come, the last
 # Step -> (what its folder is, the file that it writes last, what is done with it).
 _STEPS = {
     "llm-checkpoint": (
@@ -50,6 +51,9 @@ def look(folder: Path) -> HalfMade | None:
         return parts
     state = read_state(folder / CONVERT_STATE)
     source = state.get("source")
+    if isinstance(source, dict) and source.get("step") == _OPENVINO and not (folder / "config.json").is_file():
+        what = f"{folder}: an OpenVINO folder (mmchat convert openvino), half made"
+        return HalfMade(what, "run the same command again: it goes on where it was")
     known = _STEPS.get(str(source.get("step"))) if isinstance(source, dict) else None
     if known is None or (folder / _BOARD_FILE).is_file():
         return None
@@ -109,7 +113,10 @@ def _board(folder: Path, state: dict[str, Any]) -> HalfMade:
     command = f"mmchat convert board {shlex.quote(str(facts.get('checkpoint', 'CHECKPOINT')))} "
     command += f"{shlex.quote(str(folder))} --target {facts.get('target', 'CHIP')}"
     if lacks and not todo:
-        return HalfMade(f"{what}, and lacks {'; '.join(lacks)}", f"that command is: {command} --llm FILE")
+        return HalfMade(
+            f"{what}, and lacks {'; '.join(lacks)}",
+            f"that command is: {command} --llm FILE (with the other options it had)",
+        )
     more = f", and lacks {', '.join(todo)}" if todo else ", and was not checked yet"
     return HalfMade(what + more, f"{command} (with the options it had) goes on where it was")
 

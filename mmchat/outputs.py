@@ -83,7 +83,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 class Work:
-    """A folder that is made file by file; interrupted, it goes on with the next file.
+    """A folder that is made file by file; interrupted, it goes on with the next file, or of another source anew.
 
     Its state, in a hidden file, says from what the folder is made and which files are complete.
     """
@@ -106,6 +106,11 @@ class Work:
         if isinstance(found, dict) and found.get("source") == source and isinstance(found.get("done"), dict):
             self._state = found
         else:
+            # What was made of something else would be taken for this one's.  Killed here, it is done again.
+            done = found.get("done") if isinstance(found, dict) else None
+            for name in done if isinstance(done, dict) else ():
+                if Path(name).name == name:
+                    (folder / name).unlink(missing_ok=True)
             self._save()
 
     def has(self, name: str) -> bool:
@@ -131,7 +136,9 @@ class Work:
 def remove_work(folder: Path) -> None:
     """Remove a folder that Work made, its state last: killed on the way, a new Work goes on in what is left."""
     for path in folder.iterdir():
-        if path.name != CONVERT_STATE:
+        if path.is_dir() and not path.is_symlink():  # a toolkit's, that read it
+            shutil.rmtree(path)
+        elif path.name != CONVERT_STATE:
             path.unlink()
     shutil.rmtree(folder)
 

@@ -5,6 +5,7 @@ With stand-ins for both toolkits (tests/toolkits); the real rknn-toolkit2 is tri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -153,6 +154,23 @@ def test_a_full_disk_is_told_before_it_happens(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DiskFull, match="make room"):
         convert(tmp_path / "board")
     assert sorted(path.name for path in (tmp_path / "board").iterdir()) == [BOARD_STATE, WORK]
+
+
+def test_what_a_killed_step_left_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is looked at before hours of work, but not for what is written already."""
+    folder = tmp_path / "board"
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "free_bytes", lambda folder: 51_000_000)
+        with pytest.raises(DiskFull):
+            convert(folder)
+        left = folder / WORK / "model.rkllm.qwen2.tmp"
+        left.write_bytes(bytes(60_000_000))
+        told: list[str] = []
+        with contextlib.suppress(DiskFull):  # of a later step, which has no room
+            convert(folder, told=told)
+    assert told[0].startswith("small files: ")
+    convert(folder)
+    assert not (folder / WORK).exists()
 
 
 def test_no_place_for_a_folder(tmp_path: Path) -> None:

@@ -336,6 +336,23 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(tmp_path: 
     assert [path.name for path in target.glob(".*")] == [".mmchat-convert.json"]
 
 
+def test_half_made_it_says_so_and_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill left of a model is removed before the disk is looked at."""
+    target = shutil.copytree(folder, tmp_path / "half")
+    (target / "config.json").unlink()
+    left = target / ".openvino_language_model.tmp"
+    left.mkdir()
+    (left / "openvino_language_model.bin").write_bytes(bytes(1000))
+    with pytest.raises(ModelDirError, match="half made; run the same command again"):
+        open_model(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "free_bytes", lambda folder: 0)
+        with pytest.raises(DiskFull):
+            convert(target)
+    assert not left.exists()
+    assert digests(convert(target)) == digests(folder)
+
+
 def test_the_chat_template_is_the_one_that_prompts_are_made_of() -> None:
     jinja2: Any = pytest.importorskip("jinja2")
     messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A star."}]

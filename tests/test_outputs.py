@@ -115,6 +115,7 @@ def test_another_source_begins_anew(tmp_path: Path) -> None:
     work.prepare("one").write_bytes(b"1")
     work.finish("one")
     assert not Work(tmp_path, {"from": 2}).has("one")
+    assert not (tmp_path / "one").exists(), "it would be taken for the other source's"
     (tmp_path / ".mmchat-convert.json").write_text('{"source": {"from": 1}, "done": 5}')
     assert not Work(tmp_path, {"from": 1}).has("one")
 

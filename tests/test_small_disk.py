@@ -179,3 +179,18 @@ with mmchat.open(n_threads=1) as rt:
     assert "green" in seen["answer"]
     assert "red" in seen["earlier"]
     assert ["the cache is off" in text for text in seen["told"]] == [True]
+
+
+def test_a_matrix_that_does_not_fit_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    seen = on_a_small_disk(
+        tmp_path,
+        """
+import numpy as np
+from mmchat.convert.openvino_folder import _converted
+try:
+    _converted(np.zeros((1000, 1000), np.float32), "F16", disk / "matrix", "a matrix")
+except OSError as error:
+    seen["said"] = error.strerror
+""",
+    )
+    assert seen["said"] == "No space left on device"

@@ -98,8 +98,12 @@ def plan(
     if llm is not None:
         steps.append(_given_llm(llm))
     elif "llm" in skip:
-        made = f"mmchat convert llm-rkllm {shlex.quote(str(checkpoint))} {LLM} --target {options.target} makes it"
-        lacks.append(f"{LLM}, the LLM: {made}; then run this command again with --llm {LLM} instead of --skip llm")
+        made = f"mmchat convert llm-rkllm {shlex.quote(str(checkpoint))} {LLM} --target {options.target}"
+        made += f" --dtype {options.dtype} --max-context {options.max_context}"
+        made += f" --calibration {shlex.quote(str(calibration))}" if calibration else ""
+        lacks.append(
+            f"{LLM}, the LLM: {made} makes it; then run this command again with --llm {LLM} instead of --skip llm"
+        )
     else:
         steps.append(_llm(converted, made_from, rkllm_python))
     mode = "openvino" if "vision" in skip else "navit"
@@ -128,7 +132,8 @@ def run(plan: Plan, folder: Path, tell: toolkit.Tell, progress: Progress) -> Non
                 step.python()
         if todo:  # until the end: it would describe other files
             (folder / BOARD_FILE).unlink(missing_ok=True)
-        check_space(folder, sum(step.estimate.writes for step in todo))
+        # What a killed step left is gone on with, or removed first; the steps look at the disk again.
+        check_space(folder, max(0, sum(step.estimate.writes for step in todo) - steps.n_bytes_begun))
         for step in plan.steps:
             if step not in todo:
                 tell(f"{step.name}: done before")

@@ -166,7 +166,12 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Pr
                 "out": "model.rkllm",
             }
             result = toolkit.run(toolkit.RKLLM, python, job, work, log, tell)
-            report = {**asdict(plan.options), "num_npu_core": plan.options.cores, "samples": len(plan.talks), **result}
+            report = {
+                **asdict(plan.options),
+                "num_npu_core": plan.options.cores,
+                "samples": len(job["samples"]),
+                **result,
+            }
             if "max_context" in result["ignored"]:
                 tell(
                     f"this rkllm-toolkit ({result['toolkit']}) takes no max_context: the file's own limit is not known"
@@ -213,6 +218,8 @@ def _samples(plan: Plan, work: Path, tell: toolkit.Tell) -> list[dict[str, str]]
         name = f"sample_{number}.npy"
         np.save(work / name, rows)
         samples.append({"rows": name, "target": talk.answer})
+    if not samples:
+        raise OptionError(f"all {len(plan.talks)} calibration samples are longer than max_context")
     return samples
 
 

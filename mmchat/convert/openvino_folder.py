@@ -121,7 +121,7 @@ def run(plan: Plan, target: Path, progress: Progress) -> None:
     made_from = {
         "step": "openvino",
         "weights": plan.weights,
-        "files": [[path.name, *stamp(path)] for path in sources],
+        "files": [[path.name, *stamp(path)] for path in (*sources, folder / "tokenizer.json")],
     }
     total = sum(plan.numbers.values())
     with only_writer(target):
@@ -129,6 +129,8 @@ def run(plan: Plan, target: Path, progress: Progress) -> None:
         todo = [
             part for part in IR_FILES if not (work.has(f"{IR_FILES[part]}.xml") and work.has(f"{IR_FILES[part]}.bin"))
         ]
+        for name in (*IR_FILES.values(), *TOKENIZER_FILES):  # of one that was killed
+            shutil.rmtree(_scratch(target, name), ignore_errors=True)
         check_space(target, sum(map(plan.n_bytes, todo)) + (plan.n_scratch if todo else 0))
         done = total - sum(plan.numbers[part] for part in todo)
         for part in todo:
@@ -163,13 +165,15 @@ def _save(work: Work, name: str, build: Callable[[Path], tuple[Any, Any]]) -> No
 
     work.prepare(f"{name}.xml")
     work.prepare(f"{name}.bin")
-    scratch = work.folder / f".{name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = _scratch(work.folder, name)
     scratch.mkdir()
     try:
         model, kept = build(scratch)
         _name(model)
-        openvino.save_model(model, scratch / f"{name}.xml", compress_to_fp16=False)
+        try:
+            openvino.save_model(model, scratch / f"{name}.xml", compress_to_fp16=False)
+        except RuntimeError as error:  # what it raises where a write fails
+            raise ModelDirError(f"{work.folder}: {name} cannot be written ({error}); is the disk full?") from None
         del model, kept
         for suffix in (".bin", ".xml"):
             descriptor = os.open(scratch / f"{name}{suffix}", os.O_RDWR)
@@ -179,6 +183,11 @@ def _save(work: Work, name: str, build: Callable[[Path], tuple[Any, Any]]) -> No
             work.finish(f"{name}{suffix}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(folder: Path, name: str) -> Path:
+    """Where a model is made."""
+    return folder / f".{name}.tmp"
 
 
 def _name(model: Any) -> None:
@@ -254,7 +263,8 @@ def _converted(array: NDArray[Any], kind: str, path: Path, name: str) -> NDArray
     """The same in another type, in a mapped file of its own.  Raises ModelDirError: too large for float16."""
     dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
     with path.open("wb+") as file:
-        file.truncate(array.size * dtype.itemsize)
+        # Not truncate: what is written to a mapped hole of a full disk kills the process.
+        os.posix_fallocate(file.fileno(), 0, array.size * dtype.itemsize)
         mapped = mmap.mmap(file.fileno(), 0)
     path.unlink()  # it lives for as long as it is mapped
     out = np.frombuffer(mapped, dtype).reshape(array.shape)

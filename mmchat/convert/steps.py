@@ -1,7 +1,7 @@
 """A folder that is made in steps, each of which makes some of its files: what is done is known by digest.
 
-Steps write into a hidden folder beside the results; a step is finished by writing down the digests of its files and
-then moving them.  So whatever is killed when, a file in the folder is whole, and no finished step is done again.
+Steps write into a hidden folder beside the results; a step is finished by writing down its files, then their digests,
+and then moving them.  So whatever is killed when, a file in the folder is whole, and no finished step is done again.
 """
 
 from __future__ import annotations
@@ -50,10 +50,17 @@ class Steps:
         if not told or told.get("key") != _plain(key):
             return False
         for name, known in told["files"].items():
-            path = self.folder / name if (self.folder / name).is_file() else self.work / name
-            if not path.is_file() or path.stat().st_size != known["bytes"] or sha256(path, progress) != known["sha256"]:
+            # In work where it was not moved before a kill; the folder may then have an older one.
+            path = self.work / name if (self.work / name).is_file() else self.folder / name
+            if not path.is_file() or path.stat().st_size != known["bytes"]:
                 return False
-            if path.parent == self.work:  # killed before it was moved
+            digest = sha256(path, progress)
+            if known["sha256"] is None and path.parent == self.work:  # killed while its digest was taken
+                known["sha256"] = digest
+                self._save()
+            if known["sha256"] != digest:
+                return False
+            if path.parent == self.work:
                 os.replace(path, self.folder / name)
         return True
 
@@ -67,11 +74,13 @@ class Steps:
 
     def finish(self, step: str, key: Any, names: list[str], report: dict[str, Any], progress: Progress) -> None:
         """The step's files lie in self.work and are complete."""
-        files = {
-            name: {"bytes": (self.work / name).stat().st_size, "sha256": sha256(self.work / name, progress)}
-            for name in names
+        files: dict[str, dict[str, Any]] = {
+            name: {"bytes": (self.work / name).stat().st_size, "sha256": None} for name in names
         }
         self._state.setdefault("steps", {})[step] = {"key": _plain(key), "files": files, "report": report}
+        self._save()  # a digest of 8 GB takes a minute
+        for name, known in files.items():
+            known["sha256"] = sha256(self.work / name, progress)
         self._save()
         for name in names:
             os.replace(self.work / name, self.folder / name)
@@ -82,6 +91,11 @@ class Steps:
 
     def reports(self) -> dict[str, Any]:
         return {step: told["report"] for step, told in self._state.get("steps", {}).items() if told["report"]}
+
+    @property
+    def n_bytes_begun(self) -> int:
+        """What killed steps left."""
+        return sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
 
     def clear(self) -> None:
         """Remove what lay in work; the digests stay."""

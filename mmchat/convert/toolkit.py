@@ -83,6 +83,7 @@ def run(toolkit: Toolkit, python: Path, job: dict[str, Any], work: Path, log: Pa
                 tell(f"{toolkit.name}: {step}")
             else:
                 answer = event
+                break  # a process that it left may hold the pipe open
         code = process.wait()
     told = _COLOUR.sub("", log.read_text(errors="replace"))
     if answer is not None and "result" in answer:
@@ -130,9 +131,9 @@ def _started(python: Path, job: Path, work: Path, output: Any) -> Iterator[tuple
         with os.fdopen(mine, encoding="utf-8", errors="replace") as lines:
             yield process, lines
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it left
+        process.wait()
         os.close(lifeline)
 
 
