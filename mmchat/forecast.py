@@ -39,7 +39,7 @@ Speeds = Mapping[Work, Speed]
 
 
 def measured(usage: Usage, source: str = _MEASURED) -> Speeds:
-    """From what answers took."""
+    """From what answers took in which no worker died: of others only a part of the time is known."""
     spent: tuple[tuple[Work, float, int], ...] = (
         ("encode", usage.encode_s, usage.slices_encoded),
         ("prefill", usage.prefill_s, usage.n_prefilled),
@@ -52,7 +52,7 @@ def measured(usage: Usage, source: str = _MEASURED) -> Speeds:
 
 def measured_before(usages: Iterable[Usage]) -> Speeds:
     """From what answers of a saved conversation took, with the same engine and model."""
-    return measured(sum(usages, Usage()), _BEFORE)
+    return measured(sum((usage for usage in usages if not usage.restarts), Usage()), _BEFORE)
 
 
 def of_board(
@@ -210,8 +210,9 @@ class Outlook:
 
     def spend(self, usage: Usage) -> None:
         """An answer took this, whatever became of it; from any thread."""
-        with self._spending:
-            self._spent += usage
+        if not usage.restarts:
+            with self._spending:
+                self._spent += usage
 
     def speeds(self, before: Speeds) -> Speeds:
         """before: what the record of a conversation says."""

@@ -124,7 +124,10 @@ class LlmClient:
         Raises ContextFull where RKLLM crashes on runs of that length; see above.
         """
         npu = self._rkllm.npu if self._rkllm else None
-        with npu.held() if npu else contextlib.nullcontext():
+        with npu.held(should_stop) if npu else contextlib.nullcontext(True) as is_mine:
+            if not is_mine:
+                yield _cancelled(pieces, resume_ids)
+                return
             yield from self._generate(pieces, sampling, should_stop, list(resume_ids))
 
     def _generate(
@@ -152,8 +155,7 @@ class LlmClient:
                 if done:
                     return
                 # Cancelled while the model was loading: the request was never sent.
-                n_rows = sum(piece.n_rows for piece in pieces)
-                yield Done("cancelled", "", tuple(shown), n_rows, 0, 0, len(shown), 0.0, 0.0)
+                yield _cancelled(pieces, shown)
                 return
             except SamplingFixed as error:
                 if reloaded or not self._rkllm:
@@ -283,6 +285,11 @@ def _rkllm(config: dict[str, Any]) -> tuple[Engine, _Forget]:
         return strategy
 
     return engine, forget
+
+
+def _cancelled(pieces: Sequence[Piece], ids: Sequence[int]) -> Done:
+    """Before the engine was asked."""
+    return Done("cancelled", "", tuple(ids), sum(piece.n_rows for piece in pieces), 0, 0, len(ids), 0.0, 0.0)
 
 
 def _pieces_to_wire(pieces: Sequence[Piece]) -> list[Any]:

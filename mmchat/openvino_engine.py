@@ -13,6 +13,7 @@ This module knows no template and no pictures: pieces in, tokens out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,8 @@ class OpenVinoEngine:
         if not rows:
             raise PromptError("the prompt is empty")
         check_fits(len(rows), sampling.max_new_tokens, self._context_rows)
+        if not self._caches:  # compiling failed, too, after an inference had failed
+            self._compile()
         wanted = rows + list(resume_ids)
         source, target, kept = choose_cache([cache.held for cache in self._caches], wanted, self._n_caches)
         embeds = assemble([*pieces, Tokens(tuple(resume_ids))], self._table, self._load_image, skip=kept)
@@ -184,7 +187,7 @@ class OpenVinoEngine:
             result = self._cache.request.infer({name: inputs[name] for name in self._inputs})
             logits = np.array(result["logits"][0, -1], np.float32)
         except Exception as error:
-            self._compile()
+            self._compile_again()
             raise EngineError(f"OpenVINO failed at row {past} ({' '.join(str(error).split())[:300]})") from None
         self._cache.held += keys
         return logits
@@ -207,10 +210,15 @@ class OpenVinoEngine:
                 for state in nearest.request.query_state():
                     states[state.name].state = ov.Tensor(state.state.data[:, :, :n, :].copy())
         except Exception as error:
-            self._compile()
+            self._compile_again()
             raise EngineError(f"OpenVINO could not rewind to row {n} ({' '.join(str(error).split())[:300]})") from None
         cache.held = nearest.held[:n]
         self._caches.append(self._caches.pop(target))
+
+    def _compile_again(self) -> None:
+        """After a failure, which is what is to be told, not another one: the next request tries once more."""
+        with contextlib.suppress(Exception):
+            self._compile()
 
     def _compile(self) -> None:
         self._caches = []

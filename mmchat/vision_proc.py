@@ -63,8 +63,8 @@ class VisionClient:
 
         Raises EngineError (WorkerDied, WorkerTimeout), ModelDirError, ImageError, StoreError.
         """
-        with self._npu.held() if self._npu else contextlib.nullcontext():
-            return self._encode(slices, progress, should_stop)
+        with self._npu.held(should_stop) if self._npu else contextlib.nullcontext(True) as is_mine:
+            return self._encode(slices, progress, should_stop) if is_mine else Encoded(0, 0.0, 0)
 
     def _encode(
         self,

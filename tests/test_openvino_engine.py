@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,22 @@ def test_a_failing_inference_is_an_error_and_the_next_request_is_right(
     for expected_reuse in (0, 59):
         again = run(engine, [WORDS], ENDLESS)
         assert (again.ids, again.done.n_reused) == (whole.ids, expected_reuse)
+
+
+def test_where_compiling_fails_too_the_next_request_tries_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, whole = make(), run(make(), [WORDS], ENDLESS)
+
+    def no(*given: Any, **options: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._cache.request.__class__, "infer", no)
+        patched.setattr(engine, "_core", SimpleNamespace(compile_model=no))
+        with pytest.raises(EngineError, match="OpenVINO failed at row 0"):
+            list(engine.generate([WORDS], ENDLESS, never))
+        with pytest.raises(RuntimeError, match="no memory"):
+            list(engine.generate([WORDS], ENDLESS, never))
+    assert run(engine, [WORDS], ENDLESS).ids == whole.ids
 
 
 # The bytes that native code holds, as glibc counts them, after runs of `count` lengths that were never seen before.

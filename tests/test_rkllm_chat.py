@@ -5,11 +5,14 @@ The library is the stand-in (tests/rkllm_standin): no board was at hand.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,29 @@ def test_encoder_and_llm_take_turns_on_one_npu(board: Any, board_store: Path) ->
             with pytest.raises(EngineBusy, match="the NPU is busy"):
                 session.ask("Hello.", unseen).text  # noqa: B018
         assert session.ask("Hello.", **GREEDY).text
+        with held_elsewhere(npu):
+            for images in ([], [unseen]):
+                reply = session.ask("Hello.", images, **GREEDY)
+                threading.Timer(0.2, reply.cancel).start()
+                assert (reply.text, reply.stop_reason) == ("", "cancelled")
+        assert len(session.turns) == 1
+
+
+@contextlib.contextmanager
+def held_elsewhere(npu: Exclusive) -> Iterator[None]:
+    """By another thread, as a session does whose answer is being streamed."""
+    taken, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with npu.held():
+            taken.set()
+            over.wait(100)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait(100)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
