@@ -88,6 +88,7 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
             for line in sys.stdin.buffer:
                 if not repl.handle(line.decode(errors="replace")):
                     break
+        repl.save_again()
         if repl.is_unsaved or (repl.n_failed and not sys.stdin.isatty()):
             raise typer.Exit(1)
 
@@ -140,6 +141,13 @@ class _Repl:
         """Whether a turn is not in the file where it is to be kept; the log has said so."""
         return any(session.unsaved for session in self._sessions)
 
+    def save_again(self) -> None:
+        """What could not be saved, or was interrupted, once more."""
+        for session in self._sessions:
+            if session.unsaved:
+                with session.claim("saving"):
+                    pass
+
     def handle(self, line: str) -> bool:
         line = line.strip()
         try:
@@ -165,7 +173,7 @@ class _Repl:
     def _ask(self, question: str) -> None:
         self._run(self._session.ask(split_pictures(question), self._attached))
 
-    def _run(self, reply: Reply) -> None:
+    def _run(self, reply: Reply, *, takes_attached: bool = True) -> None:
         turns = self._session.turns
         previous = signal.getsignal(signal.SIGINT)
 
@@ -178,7 +186,7 @@ class _Repl:
             _show(reply, self._runtime, self._talk)
         finally:
             signal.signal(signal.SIGINT, previous)
-            if self._session.turns != turns:  # else they wait for the next question
+            if takes_attached and self._session.turns != turns:  # else they wait for the next question
                 self._attached = []
 
     def _command(self, name: str, rest: str = "") -> None:
@@ -233,7 +241,7 @@ class _Repl:
         reply = self._session.regenerate()
         if reply.sampling.temperature == 0:
             say("without a --temperature the answer will be the same")
-        self._run(reply)
+        self._run(reply, takes_attached=False)
 
     def _edit(self, rest: str) -> None:
         number, _, question = rest.partition(" ")
