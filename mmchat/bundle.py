@@ -33,6 +33,7 @@ This module knows files and values: no model, no tokenizer, no session.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -483,8 +484,12 @@ def _create(
     return SectionFile.create(path, added, overwrite=overwrite, replaces=replaces), record, pictures, keys
 
 
-def set_aside(path: Path) -> Path:
-    """Give a file a name that ends in .damaged, for its own will be another's.  Raises BundleError."""
+@contextlib.contextmanager
+def set_aside(path: Path) -> Iterator[Path]:
+    """Give a file a name that ends in .damaged, for its own will be another's; taken back where that fails.
+
+    Raises BundleError.
+    """
     aside = next(
         (
             name
@@ -502,7 +507,13 @@ def set_aside(path: Path) -> Path:
             os.rename(path, aside)
     except OSError as error:
         raise _unwritable(aside, error) from None
-    return aside
+    try:
+        yield aside
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.replace(aside, path)  # nothing happens where both are the same file
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def _unwritable(path: Path, error: OSError) -> BundleError:

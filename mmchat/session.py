@@ -34,7 +34,7 @@ from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
 from mmchat.context import Change, Conversation, Policy
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision
-from mmchat.errors import EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
+from mmchat.errors import BundleError, EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
 from mmchat.forecast import Outlook, Plan, measured_before, plan_prompt
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
@@ -334,11 +334,15 @@ class Session:
         settings = bundle.record.settings
         keeper = Keeper(self._spec, self._store, settings.pictures, settings.embeddings, restored.known)
         record = self._saved(keeper)
+        journal = None
         if bundle.damaged:
-            self.notes += (f"the damaged file is kept as {set_aside(bundle.path).name}",)
-        if bundle.damaged or bundle.is_mostly_waste:
-            journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
-        else:
+            with set_aside(bundle.path) as aside:
+                journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
+            self.notes += (f"the damaged file is kept as {aside.name}",)
+        elif bundle.is_mostly_waste:
+            with contextlib.suppress(BundleError):  # a full disk: it goes on as it is
+                journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
+        if journal is None:
             journal = Journal.resume(bundle)
             journal.write(record, keeper.picture, keeper.rows)
         self._journal, self._keeper = journal, keeper
@@ -373,6 +377,9 @@ class Session:
         except MmchatError as error:
             self.unsaved = str(error)  # the error itself would keep this session, and its file, from going
             _LOG.warning("not saved: %s", self.unsaved)
+        except BaseException as error:  # Ctrl-C
+            self.unsaved = f"{self._journal.path}: saving was interrupted ({type(error).__name__})"
+            raise
 
     def check_idle(self, doing: str = "") -> None:
         """Raises SessionError while an answer is being streamed."""
@@ -445,7 +452,8 @@ class Session:
         if isinstance(source, ImageHandle):
             if source.keys not in [image.keys for image in self.images]:
                 raise SessionError(f"{source.id} is a picture of another conversation: give its file")
-            return _Prepared(source.name, source.plan, source.keys, source.pixels, source.pixels, source.original)
+            pixels = source.pixels
+            return _Prepared(source.name, source.plan, source.keys, pixels, pixels, source.original, handle=source)
         path = name = ""
         file = source if isinstance(source, bytes) else None
         if isinstance(source, (str, os.PathLike)):
@@ -533,14 +541,11 @@ class Session:
             if end > reused and isinstance(piece, ImageRows):
                 again.add(piece.key)
         missing = {key for key in own | again if not self._store.peek(key)}
-        came = {  # with the file that the conversation was loaded from
-            key
-            for image in _images_of(turns)
-            if image.original
-            for key in missing.intersection(image.keys) - own
-            if image.original.embedding(key) is not None
-        }
-        return len(missing - came)
+        for image in _images_of(turns):
+            missing -= _came_along(image, missing - own)
+        for image in images_in(question):  # which may be one of the turns' again
+            missing -= _came_along(image, missing)
+        return len(missing)
 
     # Running
 
@@ -559,7 +564,9 @@ class Session:
             if base is not None and base >= len(self._turns):
                 raise SessionError(f"turn {base + 1}, which was to be replaced, is not there any more")
             question = self._question(prepared, turns)
-            marks = _kept_pins(self._marks, self._marks.of(turns), question, base)
+            marks = self._marks.of(turns)
+            if base is not None:
+                marks = _carried_over(self._marks, marks, self._turns, base, question)
             reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling)
             with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
                 self._encode(reply, prepared)
@@ -602,7 +609,9 @@ class Session:
         missing: dict[str, NDArray[np.uint8]] = {}
         for part in wanted:
             lacking = {key for key in part.keys if not self._store.has(key)}
-            if lacking:
+            if lacking and part.handle is not None:
+                missing.update(self._make_again([part.handle], lacking))
+            elif lacking:
                 missing.update(pair for pair in zip(part.keys, part.slices(), strict=True) if pair[0] in lacking)
         n_slices = sum(len(part.keys) for part in wanted)
         counted = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached  # by encode_ahead
@@ -673,7 +682,8 @@ class Session:
 class _Prepared:
     """A picture that was read and cut, not yet part of the conversation.
 
-    slices: the encoder's inputs.  again: cuts it once more, later.
+    slices: the encoder's inputs.  again: cuts it once more, later.  handle: where it is one of this conversation
+    already, whose slices are then what its keys say only if that is looked at (Session._make_again).
     """
 
     name: str
@@ -682,6 +692,7 @@ class _Prepared:
     slices: Callable[[], list[NDArray[np.uint8]]]
     again: Callable[[], list[NDArray[np.uint8]]]
     original: Original | None
+    handle: ImageHandle | None = None
 
 
 class Reply:
@@ -711,12 +722,15 @@ class Reply:
         self._prepared: tuple[str | _Prepared, ...] | None = prepared  # None: it has run
         self._chunks: list[str] = []
         self._error: BaseException | None = None
+        self._ended = False
         self._stop = False
 
     def __iter__(self) -> Iterator[str]:
         """Leaving the loop early (break, close, Ctrl-C) ends the answer and records what was shown."""
         yield from list(self._chunks)
         if self._prepared is None:
+            if not self._ended:
+                raise SessionError("this answer is being streamed: what there is of it is in text_so_far")
             if self._error is not None:
                 raise self._error
             return
@@ -733,10 +747,15 @@ class Reply:
             except Exception as error:
                 self._error = error
                 raise
+            finally:
+                self._ended = self._prepared is None
 
     @property
     def text(self) -> str:
-        """The whole answer; waits for its end."""
+        """The whole answer; waits for its end.
+
+        Raises SessionError, as all of these do, while the answer is read elsewhere.
+        """
         self._finish()
         return self.text_so_far
 
@@ -806,20 +825,33 @@ def _images_of(turns: Sequence[Turn]) -> list[ImageHandle]:
     return [image for turn in turns for image in turn.images]
 
 
+def _came_along(image: ImageHandle, keys: set[str]) -> set[str]:
+    """Of these keys, the image's whose embeddings are in the file that the conversation was loaded from."""
+    original = image.original
+    return {key for key in keys.intersection(image.keys) if original and original.embedding(key) is not None}
+
+
 def _fed(shown: Sequence[int], done: Done) -> Sequence[int]:
     """The tokens that the engine has fed itself: not the last one where that ended the answer."""
     ended = done.reason == "length" or (done.reason == "stop" and done.ids != tuple(shown))
     return shown[:-1] if ended else shown
 
 
-def _kept_pins(before: Marks, marks: Marks, question: Sequence[str | ImageHandle], base: int | None) -> Marks:
-    """Where a question takes the place of another, what was pinned of that stays pinned."""
-    if base is None:
-        return marks
-    ids = {image.id for image in images_in(question)}
+def _carried_over(
+    before: Marks, marks: Marks, turns: Sequence[Turn], base: int, question: Sequence[str | ImageHandle]
+) -> Marks:
+    """Where a question takes the place of the turns from base on, what was pinned of the first stays pinned.
+
+    And, where that is the newest, what the user said to forget stays forgotten: nothing else changes how it is sent.
+    """
+    old = {(image.id, image.keys) for image in turns[base].images}
+    same = {image.id for image in images_in(question) if (image.id, image.keys) in old}
+    is_newest = base == len(turns) - 1
+    forgotten = {name: form for name, form in before.forms.items() if name in same and is_newest}
     return replace(
         marks,
-        pinned=marks.pinned | (before.pinned & ids),
+        forms={**marks.forms, **forgotten},
+        pinned=marks.pinned | (before.pinned & same),
         pinned_turns=marks.pinned_turns | (before.pinned_turns & {base + 1}),
     )
 

@@ -481,7 +481,37 @@ def test_a_picture_that_is_not_the_one_that_was_saved(setup: Setup, file: Path) 
     other = Other(setup.store.root)
     with pytest.raises(MmchatError, match=r"img1 \(a.png\): its saved picture is not the one it was"):
         say(other, other.load(file), "Yes.", "And?")
+    ways: list[Callable[[Session], Reply]] = [
+        lambda chat: chat.edit(1, "Why?"),
+        lambda chat: chat.ask("What?", chat.images),
+    ]
+    for again in ways:
+        with pytest.raises(MmchatError, match=r"its saved picture is not the one it was"):
+            list(again(other.load(file)))
     assert other.vision.encoded == []
+
+
+@pytest.mark.parametrize("pictures", ["none", "original"])
+def test_embeddings_that_were_saved_serve_whoever_asks_again(
+    setup: Setup, file: Path, tmp_path: Path, pictures: str
+) -> None:
+    """Of another turn, of the same one, and of pictures that are sent once more."""
+    setup.ask("Red.", "What?", images=[SOURCES[1]])
+    setup.chat.save(file, images=pictures, embeddings=True)
+    ways: list[Callable[[Session], Reply]] = [
+        Session.regenerate,
+        lambda chat: chat.edit(1, "Why?"),
+        lambda chat: chat.ask("What?", chat.images),
+        lambda chat: chat.ask("And?"),
+    ]
+    for number, again in enumerate(ways):
+        other = Other(tmp_path / f"other {number}")
+        chat = other.load(file)
+        if number == 2:
+            assert chat.plan("What?", chat.images).slices_new == 0
+        other.engine.script[:] = ["Yes."]
+        assert again(chat).text == "Yes."
+        assert other.vision.encoded == []
 
 
 @pytest.mark.parametrize(
@@ -618,6 +648,79 @@ def test_a_full_disk_loses_no_answer(
     assert setup.chat.unsaved is None
     assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "Blue.", "Green.", "White."]
     assert Bundle(file).lost == ()
+
+
+def test_saving_that_was_interrupted_is_told_and_done_again(
+    setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the answer, which is there, is written."""
+    setup.chat.autosave(file)
+
+    def interrupt(*args: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            setup.ask("Red.", "What?")
+    assert [turn.text for turn in setup.chat.turns] == ["Red."]
+    assert "talk.mmchat: saving was interrupted" in str(setup.chat.unsaved)
+    assert Bundle(file).record.turns == ()
+    with setup.chat.claim("saving"):
+        pass
+    assert setup.chat.unsaved is None
+    assert [turn.text for turn in Bundle(file).record.turns] == ["Red."]
+
+
+def test_without_room_to_clean_a_file_it_goes_on_as_it_is(
+    setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.chat.autosave(file)
+    setup.ask("Red.", "What?", images=[np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)])
+    setup.chat.undo()
+    setup.ask("Blue.", "Hello?")
+    setup.chat.autosave(None)
+    size = file.stat().st_size
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert Bundle(file).is_mostly_waste
+    other = Other(setup.store.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        chat = other.load(file, autosave=True)
+    say(other, chat, "Green.", "And?")
+    assert file.stat().st_size > size
+    assert [turn.text for turn in Bundle(file).record.turns] == ["Blue.", "Green."]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_without_room_to_mend_a_damaged_file_it_stays_what_it_is(
+    setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    setup.chat.autosave(file)
+    setup.ask("Red.", "What?")
+    start = file.stat().st_size
+    setup.ask("Blue.", "And?")
+    setup.chat.autosave(None)
+    damaged = bytearray(file.read_bytes())
+    damaged[start + 60] ^= 1
+    file.write_bytes(damaged)
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = Other(setup.store.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        if not has_links:
+            patch.setattr(os, "link", full)
+        with pytest.raises(BundleError, match="No space left"):
+            other.load(file, autosave=True)
+    assert file.read_bytes() == damaged
+    assert not list(file.parent.glob("*.damaged*"))
+    assert other.load(file, autosave=True).notes[-1].endswith("talk.mmchat.damaged")
 
 
 def test_a_file_that_is_taken_away_is_made_again(setup: Setup, file: Path) -> None:

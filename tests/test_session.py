@@ -1048,6 +1048,35 @@ def test_regenerating_asks_the_same_again_and_keeps_pins(setup: Setup) -> None:
         setup.another().regenerate()
 
 
+def test_a_pin_is_of_a_picture_and_not_of_its_number(setup: Setup) -> None:
+    setup.ask("One.", "First?", [PICTURES[0]])
+    setup.ask("Two.", "Second?", [PICTURES[1]])
+    setup.chat.pin("img2")
+    assert setup.says("Other.").chat.edit(1, "Both?", images=[PICTURES[0], PICTURES[CUT]]).text == "Other."
+    assert setup.chat.marks.pinned == frozenset()
+
+
+def test_what_is_forgotten_stays_so_when_it_is_asked_again(setup: Setup) -> None:
+    setup.ask("One.", "First?", [PICTURES[0]])
+    setup.chat.forget("img1")
+    assert setup.says("Two.").chat.regenerate().text == "Two."
+    assert (setup.chat.marks.forms, setup.chat.numbers) == ({"img1": "line"}, {})
+    assert setup.says("Three.").chat.edit(1, "Other?", images=[PICTURES[CUT]]).text == "Three."
+    assert (setup.chat.marks.forms, setup.chat.numbers) == ({}, {"img1": 1})
+
+
+def test_an_answer_that_is_being_read_does_not_pretend_to_have_ended(setup: Setup) -> None:
+    reply = setup.says("one two three").chat.ask("Count.")
+    texts = iter(reply)
+    first = next(texts)
+    for name in ("text", "stop_reason", "usage", "plan"):
+        with pytest.raises(SessionError, match="is being streamed: what there is of it is in text_so_far"):
+            getattr(reply, name)
+    assert reply.text_so_far == first
+    assert "".join([first, *texts]) == "one two three"
+    assert (reply.text, reply.stop_reason) == ("one two three", "stop")
+
+
 def test_a_branch_has_the_settings_and_goes_its_own_way(tmp_path: Path) -> None:
     setup = Setup(tmp_path, options={"system": "Be brief.", "max_slice_nums": 1, "policy": "turns"})
     fill(setup, 3)
