@@ -36,7 +36,10 @@ EMPHASIS = {
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
 _TRAINED_SLICED = 0.5
 # Rows of a batch's dialogues: about equal, so that little is padding.
-_JOINT_ROWS = (288, 448, 640)
+_JOINT_ROWS = (288, 448, 640, MAX_ROWS, MAX_ROWS)
+_JUDGED_ROWS = 640
+# How many pictures a conversation of MAX_ROWS has.
+_N_IMAGES_LONG = (0.03, 0.09, 0.12, 0.14, 0.15, 0.15, 0.16, 0.16)
 # How many questions that come with a picture stand before it.
 _P_QUESTION_FIRST = 0.3
 
@@ -162,7 +165,7 @@ def text_batch(encoded: Sequence[Encoded], views: Sequence[View] = ()) -> TextBa
 
 
 class JointData(IterableDataset[TextBatch]):
-    """Short dialogues over freshly drawn pictures; each batch has about `n_views` views."""
+    """Dialogues over freshly drawn pictures, short ones when held out; each batch has about `n_views` views."""
 
     def __init__(self, tokenizer_file: str, n_views: int, seed: int, *, held_out: bool = False) -> None:
         self._tokenizer_file, self._n_views, self._seed, self._held_out = tokenizer_file, n_views, seed, held_out
@@ -175,7 +178,7 @@ class JointData(IterableDataset[TextBatch]):
         while True:
             encoded: list[Encoded] = []
             views: list[View] = []
-            max_rows = _JOINT_ROWS[-1] if self._held_out else rng.choice(_JOINT_ROWS)
+            max_rows = _JUDGED_ROWS if self._held_out else rng.choice(_JOINT_ROWS)
             while len(views) < self._n_views:
                 dialogue = self._dialogue(rng, max_rows)
                 if dialogue is None:
@@ -188,7 +191,10 @@ class JointData(IterableDataset[TextBatch]):
 
     def _dialogue(self, rng: Random, max_rows: int) -> Dialogue | None:
         """None where the pictures leave too little room.  In training it fills max_rows, and is cut later."""
+        is_long = max_rows == MAX_ROWS
         n_images = rng.choices((1, 2, 3, 4, 6, 8), (0.42, 0.33, 0.17, 0.08, *(self._p_many,) * 2))[0]
+        if is_long:
+            n_images = rng.choices(range(1, 9), _N_IMAGES_LONG)[0]
         p_sliced = _P_SLICED.get(n_images, 0.15) * (1.0 if self._held_out else _TRAINED_SLICED)
         scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=p_sliced)
         plans = [chosen_plan(rng, scene) for scene in scenes]
@@ -198,8 +204,15 @@ class JointData(IterableDataset[TextBatch]):
         room = max_rows - n_inputs * (QUERY_NUM + 2)
         if room < 0.4 * max_rows:
             return None
-        dialogue = make_dialogue(rng, scenes, plans, room // 28, emphasis=EMPHASIS)
-        return with_questions_first(rng, dialogue, _P_QUESTION_FIRST)
+        is_aged = rng.random() < (0.5 if is_long else 0.15)
+        shown = cut_plans(rng, plans, 0.35) if is_aged else plans
+        dialogue = make_dialogue(rng, scenes, shown, room // 28, emphasis=EMPHASIS)
+        dialogue = with_questions_first(rng, dialogue, _P_QUESTION_FIRST)
+        if not is_aged:
+            return dialogue
+        gone = [sample_scene(rng, held_out=False) for _ in range(4)]
+        others = [(scene, chosen_plan(rng, scene)) for scene in gone]
+        return aged(rng, dialogue, plans, others, rng.randint(0, 9) if is_long else rng.randint(0, 3))
 
 
 class PoolData(IterableDataset[tuple[list[tuple[Scene, SlicePlan]], VisionBatch]]):
@@ -253,7 +266,7 @@ class CachedData(IterableDataset[TextBatch]):
         long = rng.random() < 0.42
         max_rows = MAX_ROWS if long else 448
         n_images = (
-            rng.choices((1, 2, 3, 4, 5, 6, 7, 8), (0.03, 0.09, 0.12, 0.14, 0.15, 0.15, 0.16, 0.16))[0]
+            rng.choices(range(1, 9), _N_IMAGES_LONG)[0]
             if long
             else rng.choices((1, 2, 3, 4), (0.42, 0.36, 0.16, 0.06))[0]
         )
