@@ -268,12 +268,14 @@ def plan_prompt(
     policy: Policy,
     slices_new: Callable[[Prompt, int], int],
     before: Speeds,
+    longest: int | None = None,
 ) -> tuple[Plan, Prompt]:
     """What is sent of a conversation, and its plan.
 
     render: the conversation's prompt under marks.  slices_new: the encoder inputs still to be encoded for a
         prompt of which so many rows are in the engine's cache.
-    before: see Outlook.speeds.  The rest is fit's.
+    before: see Outlook.speeds.  longest: rows of a prompt, where the engine has refused more; see Outlook.longest.
+    The rest is fit's.
 
     Raises ContextFull.
     """
@@ -284,7 +286,7 @@ def plan_prompt(
         cap=cap,
         max_new_tokens=max_new_tokens,
         policy=policy,
-        longest=outlook.longest,
+        longest=min((n for n in (outlook.longest, longest) if n is not None), default=None),
     )
     prompt = render(fitted.marks)
     check_fits(prompt.n_rows, max_new_tokens, cap)

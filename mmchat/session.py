@@ -34,7 +34,7 @@ from mmchat.bundle import Bundle, Journal, SavedRecord, SavedSettings, set_aside
 from mmchat.context import Change, Conversation, Policy
 from mmchat.decoding import ids_of_text
 from mmchat.engine import Done, Engine, ImageRows, Prefill, Restarted, Sampling, StopReason, Token, Vision
-from mmchat.errors import BundleError, EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
+from mmchat.errors import BundleError, ContextFull, EngineBusy, ImageError, MissingEmbeddings, MmchatError, SessionError
 from mmchat.forecast import Outlook, Plan, measured_before, plan_prompt
 from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
@@ -514,9 +514,14 @@ class Session:
         )
 
     def _plan(
-        self, turns: Sequence[Turn], marks: Marks, question: Sequence[str | ImageHandle], sampling: Sampling
+        self,
+        turns: Sequence[Turn],
+        marks: Marks,
+        question: Sequence[str | ImageHandle],
+        sampling: Sampling,
+        longest: int | None = None,
     ) -> tuple[Plan, Prompt]:
-        """Raises ContextFull."""
+        """longest: see plan_prompt.  Raises ContextFull."""
         conversation = Conversation(self._system, turns, question)
         return plan_prompt(
             conversation,
@@ -529,6 +534,7 @@ class Session:
             policy=self.policy,
             slices_new=lambda prompt, reused: self._n_to_encode(turns, question, prompt, reused),
             before=self._speeds_before,
+            longest=longest,
         )
 
     def _n_to_encode(
@@ -567,23 +573,34 @@ class Session:
             marks = self._marks.of(turns)
             if base is not None:
                 marks = _carried_over(self._marks, marks, self._turns, base, question)
-            reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling)
-            with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
-                self._encode(reply, prepared)
-                events = self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
-                try:
-                    for event in events:
-                        if isinstance(event, Done):
-                            done = event
-                        if event.text:
-                            reply.text_so_far += event.text
-                            yield event.text
-                except GeneratorExit:  # the reader left: the engine still tells what it did
-                    reply.cancel()
-                    with contextlib.suppress(MmchatError):
-                        done = next((event for event in events if isinstance(event, Done)), done)
-                    done = done and replace(done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far))
-                    raise
+            longest: int | None = None
+            is_refused = True
+            while is_refused:
+                is_refused = False
+                reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling, longest)
+                with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
+                    self._encode(reply, prepared)
+                    events = self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
+                    try:
+                        for event in events:
+                            if isinstance(event, Done):
+                                done = event
+                            if event.text:
+                                reply.text_so_far += event.text
+                                yield event.text
+                    except GeneratorExit:  # the reader left: the engine still tells what it did
+                        reply.cancel()
+                        with contextlib.suppress(MmchatError):
+                            done = next((event for event in events if isinstance(event, Done)), done)
+                        done = done and replace(
+                            done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far)
+                        )
+                        raise
+                    except ContextFull as error:
+                        # Too long to be computed whole, though not to be added to: that is planned for now, once.
+                        if longest is not None or error.max_new_tokens or shown:
+                            raise
+                        longest, is_refused = error.limit, True
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException:

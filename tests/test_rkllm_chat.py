@@ -85,6 +85,23 @@ def test_with_append_the_answer_comes_all_the_same(open_board: Any, monkeypatch:
     assert runtime.llm.prompt_rows == runtime.context_rows
 
 
+def test_a_run_that_was_cancelled_before_anything_came_has_not_worked(
+    open_board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_board()
+    session = runtime.session()
+    assert session.ask("Short.", **GREEDY).text
+    worked = Profile.open(runtime.spec, runtime.spec.folder / LIBRARY).worked_rows
+    ended = {"reason": "cancelled", "text": "", "ids": [], "n_prompt": 900, "n_reused": 0, "n_prefilled": 0, "n_new": 0}
+    events = [
+        {"kind": "prefill", "done": 0, "total": 900},
+        {"kind": "done", **ended, "prefill_s": 0.0, "generate_s": 0.0},
+    ]
+    monkeypatch.setattr(runtime.llm.worker, "call", lambda *given, **options: iter(events))
+    assert session.ask(LONG, **GREEDY).stop_reason == "cancelled"
+    assert Profile.open(runtime.spec, runtime.spec.folder / LIBRARY).worked_rows == worked
+
+
 @pytest.mark.parametrize(
     ("crashes", "restarts"), [("2", 1), ("2+", None)], ids=["one crash", "every run crashes from then on"]
 )
@@ -124,10 +141,31 @@ def test_a_crash_on_few_new_rows_does_not_hide_that_the_whole_crashes(
     for question in ("What colour is it, 1 2 3 4 5 6 7 8 9? " * 3, "And this? " * 6, "And that? " * 6):
         assert session.ask(question, **GREEDY).text
     assert session.turns[-1].usage.n_prompt > 150
-    with pytest.raises(ContextFull) as caught:
-        session.ask("Thank you.", **GREEDY).text  # noqa: B018
-    assert learned(runtime) == (caught.value.n_prompt - 1, [caught.value.n_prompt])
-    assert len(session.turns) == 3
+    n_whole = session.plan("Thank you.", **GREEDY).rows
+    reply = session.ask("Thank you.", **GREEDY)
+    assert reply.text
+    assert learned(runtime) == (n_whole - 1, [n_whole])
+    assert "turn 1" in {change.what for change in reply.degraded}
+    assert session.ask("And now?", **GREEDY).text
+
+
+def test_a_chat_that_grew_longer_than_what_the_library_computes_at_once_goes_on(
+    open_board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With append, rows are added; after whatever empties the cache the prompt is cut to what may be sent whole."""
+    monkeypatch.setenv("RKLLM_STANDIN_KV", "append")
+    monkeypatch.setenv("RKLLM_STANDIN_SEGFAULT_ROWS", "150")
+    runtime = open_board(strategy="append", safe_rows=150)
+    session = runtime.session()
+    for question in ("What colour is it, 1 2 3 4 5 6 7 8 9? " * 3, "And this? " * 6, "And that? " * 6):
+        assert session.ask(question, **GREEDY).text
+    assert session.turns[-1].usage.n_prompt > 150
+    runtime.llm.worker.kill()
+    reply = session.ask("Thank you.", **GREEDY)
+    assert reply.text
+    assert reply.degraded
+    assert reply.usage.n_prompt <= 150
+    assert session.ask("And now?", **GREEDY).usage.n_reused
 
 
 def test_a_killed_worker_is_replaced_and_teaches_nothing(
