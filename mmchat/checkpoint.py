@@ -7,6 +7,7 @@ of a gigabyte, and to hand bfloat16 weights to an engine as they are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -268,3 +269,9 @@ def write_atomic(path: Path, write: Any) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # file systems that refuse it
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # else a power cut may undo the move
+        finally:
+            os.close(folder)

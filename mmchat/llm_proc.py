@@ -144,7 +144,8 @@ class LlmClient:
                 ):
                     event = _event_from_wire(message)
                     if n_rows_run and not (isinstance(event, Prefill) and event.done == 0):
-                        self._worked(n_rows_run)
+                        if not (isinstance(event, Done) and event.reason == "cancelled"):  # it may not have run at all
+                            self._worked(n_rows_run)
                         n_rows_run = 0
                     if isinstance(event, Prefill) and event.done < event.total:
                         n_rows_run = self._longest(event.total - event.done)

@@ -59,11 +59,11 @@ class Profile:
         """
         assert spec.board is not None
         key = _key(library, spec.board.llm_path, spec.board.digests)
-        path = spec.folder / "profile.json"
-        if not os.access(path if path.exists() else spec.folder, os.W_OK):
+        path = beside = spec.folder / "profile.json"
+        if not os.access(spec.folder, os.W_OK):
             path = state_folder() / "profiles" / f"{key}.json"
         profile = cls(path, key)
-        values = _read(path).get(key, {})
+        values = _read(path).get(key) or _read(beside).get(key, {})  # of whoever may write there
         for known in fields(cls)[2:]:
             if known.name in values:
                 setattr(profile, known.name, values[known.name])
@@ -95,7 +95,9 @@ class Profile:
         for name, value in values.items():
             setattr(self, name, value)
         everything = _read(self.path)
-        everything[self.key] = {name: value for name, value in asdict(self).items() if name not in ("path", "key")}
+        own = {name: value for name, value in asdict(self).items() if name not in ("path", "key")}
+        # What another process has found since this one read the file stays.
+        everything[self.key] = {**own, **everything.get(self.key, {}), **{name: own[name] for name in values}}
         text = json.dumps({"format": _FORMAT, "profiles": everything}, indent=2).encode() + b"\n"
 
         def write(file: IO[bytes]) -> None:

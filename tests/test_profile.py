@@ -68,6 +68,24 @@ def test_a_folder_that_cannot_be_written(spec: ModelSpec, monkeypatch: pytest.Mo
     assert profile.safe_rows == 10
 
 
+def test_what_whoever_owns_the_folder_found_is_read(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    Profile.open(spec, spec.folder / LIBRARY).update(strategy="append", safe_rows=9)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    profile = Profile.open(spec, spec.folder / LIBRARY)
+    assert (profile.strategy, profile.safe_rows) == ("append", 9)
+    profile.update(worked_rows=5)
+    again = Profile.open(spec, spec.folder / LIBRARY)
+    assert (again.path, again.worked_rows, again.safe_rows) == (profile.path, 5, 9)
+
+
+def test_an_open_chat_does_not_undo_what_calibration_finds_meanwhile(spec: ModelSpec) -> None:
+    chat = Profile.open(spec, spec.folder / LIBRARY)
+    Profile.open(spec, spec.folder / LIBRARY).update(strategy="append", safe_rows=700, chunks=True)
+    chat.update(worked_rows=60)
+    found = Profile.open(spec, spec.folder / LIBRARY)
+    assert (found.strategy, found.safe_rows, found.chunks, found.worked_rows) == ("append", 700, True, 60)
+
+
 def test_a_library_that_is_gone_is_named(spec: ModelSpec, tmp_path: Path) -> None:
     with pytest.raises(ModelDirError, match=r"none\.so: cannot be read"):
         Profile.open(spec, tmp_path / "none.so")
