@@ -229,7 +229,7 @@ class ModelSpec:
 
 def model_folder(name: str | Path) -> Path:
     """Where the model "demo", or a folder as a user gives it, lies; whether it is there is not asked."""
-    return Path(__file__).parent / DEMO if str(name) == DEMO else Path(os.path.expanduser(name))
+    return Path(__file__).parent / DEMO if str(name) == DEMO else Path(os.path.abspath(os.path.expanduser(name)))
 
 
 def open_model(name: str | Path) -> ModelSpec:

@@ -10,6 +10,7 @@ stand-in library with the real ABI (tests/rkllm_standin).
 from __future__ import annotations
 
 import ctypes
+import os
 import queue
 import sys
 import threading
@@ -59,7 +60,7 @@ class RkllmModel:
         self.family, self.loaded_sampling = family, sampling
         self._hidden_size, self._n_tokens = hidden_size, n_tokens
         try:
-            self._library = ctypes.CDLL(str(library))
+            self._library = ctypes.CDLL(os.path.abspath(library))  # a bare name would be searched for
         except OSError as error:
             raise EngineError(f"{library}: cannot be loaded ({error})") from None
         family.bind(self._library)

@@ -188,7 +188,7 @@ def find_library(spec: ModelSpec) -> Path:
     """RKLLM's library.  Raises ModelDirError where there is none."""
     named = os.environ.get("MMCHAT_RKLLM_LIB")
     folders = [spec.folder, *map(Path, LIBRARY_FOLDERS)]
-    places = [Path(os.path.expanduser(named))] if named else [folder / LIBRARY for folder in folders]
+    places = [Path(os.path.abspath(os.path.expanduser(named)))] if named else [folder / LIBRARY for folder in folders]
     for place in places:
         if place.is_file():
             return place
