@@ -298,6 +298,24 @@ def test_an_answer_that_fails_costs_one_frame(fake: FakeRuntime) -> None:
     assert notices == ["frame 1 (00:00:01.000) not captioned: the LLM worker died"]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_where_every_answer_failed_that_is_an_error(fake: FakeRuntime, n: int) -> None:
+    fake.engine.faults = [EngineError("out of order")] * n
+    with pytest.raises(VideoError, match="not one frame could be captioned"):
+        list(captions(fake.rt, [distinct(i) for i in range(n)], on_notice=lambda text: None, **ASK))
+
+
+def test_what_was_lost_before_a_failed_answer_is_told_by_the_next(fake: FakeRuntime) -> None:
+    fake.engine.faults = [EngineError("out of order")]
+    frames = [b"no picture", distinct(0), distinct(1), distinct(2)]
+    made = list(captions(fake.rt, frames, on_notice=lambda text: None, **ASK))
+    assert [(caption.index, caption.skipped) for caption in made] == [(2, 1), (3, 0)]
+
+
+def test_the_official_recipe_has_64_frames_of_whatever(fake: FakeRuntime) -> None:
+    assert len(list(captions(fake.rt, map(distinct, range(70)), official=True, **ASK))) == 64
+
+
 def test_three_failures_in_a_row_end_it(fake: FakeRuntime) -> None:
     fault = EngineError("out of order")
     fake.engine.faults = [fault, fault, None, fault, None, fault, fault, fault]

@@ -115,6 +115,7 @@ def _follow(
     if source.live:
         asker.rt.ready()  # else the first frame would be as old as the loading takes
     n_passed = n_bad = n_frames = 0
+    is_barren = True
     held: list[str] = []
     replaying = before.left
     with contextlib.ExitStack() as threads:
@@ -136,7 +137,7 @@ def _follow(
                 n_bad += job.bad_frame
                 held.append(job.text)
             elif job.before:
-                n_bad, held = 0, []  # the earlier run told
+                n_bad, held, is_barren = 0, [], False  # the earlier run told
                 n_frames += len(job.shots)
                 answers.remember(job.known)
             else:
@@ -146,17 +147,18 @@ def _follow(
             if isinstance(job, Notice) or job.before:
                 continue
             drops = newest.passed_over - n_passed if newest else 0
-            n_passed += drops
             n_frames += len(job.shots)
             caption = answers.caption(job, drops, n_bad)
-            n_bad = 0
             if caption is not None:
+                n_passed, n_bad, is_barren = n_passed + drops, 0, False
                 yield before.shifted(caption)
-            if source.live and n_frames >= (plan.pace.max_frames or n_frames + 1):
+            if source.live and n_frames >= (plan.pace.most or n_frames + 1):
                 return
         before.check_reached(source.name)
         if not n_frames:
             raise VideoError(f"{source.name}: not one frame could be read")
+        if is_barren:
+            raise VideoError(f"{source.name}: not one frame could be captioned")
 
 
 def _n_frames(item: _Window | Notice) -> int:

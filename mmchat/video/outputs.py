@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import html
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def _span(caption: Caption, decimal: str) -> str:
 
 def _line(text: str) -> str:
     """An empty line would end the block, and so would none."""
-    return " ".join(text.split()).replace("-->", "->") or "-"
+    return re.sub("-{2,}>", "->", " ".join(text.split())) or "-"
 
 
 class _Csv:

@@ -36,13 +36,18 @@ class Pace:
         if self.max_frames is not None and self.max_frames < 1:
             raise VideoError(f"max_frames is {self.max_frames}; it must be at least 1")
 
+    @property
+    def most(self) -> int | None:
+        """Frames taken, at most."""
+        return self.max_frames or (OFFICIAL_FRAMES if self.official else None)
+
     def shots(self, items: Iterator[Frame | Notice], source: Source) -> Iterator[Shot | Notice]:
         """The frames that are taken of a source's; notices pass."""
         plan = None if source.live else self._plan(source)
         due = _on_grid(self.every) if plan is None else _on_list(plan)
         if source.live:
             return _live(items, due, self.every)
-        return _looking_ahead(items, due, self.max_frames if plan is None else None)
+        return _looking_ahead(items, due, self.most if plan is None else None)
 
     def _plan(self, source: Source) -> list[float] | None:
         """The times of the frames to take, where all times can be known beforehand and matter."""
@@ -50,7 +55,7 @@ class Pace:
         if times is None:
             return None
         if self.official:
-            return spread(official_times(times, source.rate), self.max_frames or OFFICIAL_FRAMES)
+            return spread(official_times(times, source.rate), self.most or OFFICIAL_FRAMES)
         due = _on_grid(self.every)
         return spread([time for time in times if due(time)], self.max_frames or len(times))
 
