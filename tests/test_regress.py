@@ -57,6 +57,7 @@ def test_files(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("", "is no JSON"),
+        ("[" * 200_000, "is no JSON"),
         ("[]", "a file is list; it must be an object"),
         ('{"format": 2, "talks": []}', "format is 2; this version reads 1"),
         ('{"format": 1, "talks": []}', "talks is empty"),
@@ -353,6 +354,24 @@ def test_what_failed_is_tried_first_the_next_time(tmp_path: Path, monkeypatch: p
     seen.clear()
     assert not hunted(fails, tmp_path, monkeypatch).good
     assert fails(seen[0])
+
+
+def test_what_was_found_survives_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_failed = 0
+
+    def fails(talk: Talk) -> bool:
+        nonlocal n_failed
+        n_failed += any(step.rows > 100 for step in talk.steps)
+        if n_failed == 3:
+            raise KeyboardInterrupt
+        return any(step.rows > 100 for step in talk.steps)
+
+    outcome = hunted(fails, tmp_path, monkeypatch)
+    assert outcome.failure is not None
+    assert any(step.rows > 100 for step in outcome.failure.talks[0].steps)
+    n_failed = 2
+    with pytest.raises(KeyboardInterrupt):
+        hunted(fails, tmp_path / "nothing yet", monkeypatch)
 
 
 def test_an_opening_that_fails_is_made_small_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,8 @@ def compare(
     if llm is None and (judge or questions):
         raise UsageError("encoders do not answer: give --llm MODEL, or neither --question nor --judge")
     pictures = asking.pictures_in(Path(folder), most)
+    if output:
+        Path(output).mkdir(parents=True, exist_ok=True)  # its error comes now, and not after an hour
     sides = [_open(model, encoders) for model in (a, b)]  # the second one, too, before the first works for an hour
     if llm:
         open_model(llm.folder)

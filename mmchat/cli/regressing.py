@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Wanted:
 
 
 def regress(opening: Opening, wanted: Wanted) -> None:
-    if wanted.minutes <= 0:
+    if not wanted.minutes > 0:
         raise UsageError(f"--minutes is {wanted.minutes:g}; it must be more than 0")
     try:
         talks = talk.load(wanted.replay) if wanted.replay else ()
@@ -45,8 +46,12 @@ def regress(opening: Opening, wanted: Wanted) -> None:
         raise UsageError(f"--replay {error}") from None
     _check_hypothesis()
     for path in (wanted.report, wanted.junit, wanted.save):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no such folder to write it to")
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise UsageError(f"{path}: cannot be written")
     outcome = _run(opening, wanted, talks)
     saved = None
     if outcome.failure and not wanted.replay:

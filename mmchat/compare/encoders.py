@@ -49,7 +49,10 @@ class BareEncoder:
         table, run, found = self.encoder.position_table(), _session(self.encoder.path, self.n_threads), []
         for number, view in enumerate(views, 1):
             say(f"{self.name}: view {number} of {n_views}")
-            found.append(np.array(run(None, self.encoder.inputs(view, table))[0][0], np.float32))
+            rows = np.array(run(None, self.encoder.inputs(view, table))[0][0], np.float32)
+            if not np.isfinite(rows).all():
+                raise ModelDirError(f"{self.name}: its rows for view {number} are not finite numbers")
+            found.append(rows)
         return found
 
     def check_fits(self, spec: ModelSpec) -> None:

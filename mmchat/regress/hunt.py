@@ -187,9 +187,15 @@ class _Search:
         self._said = time.monotonic()
 
     def run(self, seed: int, database: Path) -> Failure | None:
-        with contextlib.suppress(_Over):
+        try:
             if not any(self._fails(talk) for talk in HABITS) and not self._climb():
                 self._draw(seed, database)
+        except _Over:
+            pass
+        except KeyboardInterrupt:
+            if self._best is None:
+                raise
+            self._say("interrupted: this failure is the smallest so far")
         return self._best
 
     def _fails(self, talk: Talk) -> bool:

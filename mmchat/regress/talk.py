@@ -55,7 +55,7 @@ class Sketch:
             try:
                 with Image.open(io.BytesIO(base64.b64decode(self.png, validate=True)), formats=("PNG",)) as file:
                     return file.convert("RGB")
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, Image.DecompressionBombError) as error:
                 raise RegressError(f"a picture's png cannot be read ({error})") from None
         ground, shape = self.seed % len(_COLOURS), (self.seed // len(_COLOURS) + self.seed + 1) % len(_COLOURS)
         image = Image.new("RGB", (self.width, self.height), _COLOURS[ground])
@@ -148,7 +148,7 @@ def load(path: str | Path) -> tuple[Talk, ...]:
         values = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise RegressError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RegressError(f"{path}: is no JSON ({error})") from None
     try:
         given = _object(values, "file", ("format", "talks"))
