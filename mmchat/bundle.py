@@ -676,11 +676,21 @@ def _settings(values: _Fields) -> SavedSettings:
         values.integer("max_slice_nums", 1, _MOST_SLICES) if given("max_slice_nums") else None,
         values.flag("use_image_id") if given("use_image_id") else None,
         values.flag("reference_pixels"),
-        values.inner("policy").values,
+        _plain_values(values.inner("policy").values),
         sampling,
         values.text("pictures", re.compile("original|reencoded|jpeg|none")),
         values.flag("embeddings"),
     )
+
+
+def _plain_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same: text, finite numbers, None, and lists of these."""
+    for value in values.values():
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            is_plain = item is None or isinstance(item, (str, int)) or (isinstance(item, float) and math.isfinite(item))
+            if not is_plain:
+                raise _Wrong(f"a setting is {ascii(value)[:60]}")
+    return values
 
 
 def _model(values: _Fields) -> SavedModel:

@@ -267,7 +267,8 @@ def _scale_grey(image: Image) -> Image:
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=np.finfo(np.float32).max).clip(min=0)
     top = float(values.max())
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # which may open as "I" with 16 bits
+    # PNG and PPM may open as "I" with 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         full = 65535.0
     else:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import html
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +62,7 @@ def to_markdown(record: SavedRecord, files: Mapping[str, str]) -> str:
             if isinstance(part, str):
                 lines += [*(f"> {line}".rstrip() for line in _plain(part).split("\n")), ""]
             else:
-                where = f"({quote(files[part.id])})" if part.id in files else ""
+                where = f"({quote(os.fsencode(files[part.id]))})" if part.id in files else ""
                 lines += [f"{'!' if where else ''}[{_plain(_no_brackets(caption(part)))}]{where}", ""]
         lines += [_plain(turn.text), ""]
     return "\n".join(lines)

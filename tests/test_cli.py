@@ -420,6 +420,17 @@ def test_chat_with_a_file_name_that_is_no_text(red: Path, tmp_path: Path) -> Non
     assert done.returncode == 0
 
 
+def test_what_the_terminal_cannot_say_is_spelled_out(red: Path, tmp_path: Path) -> None:
+    """And a name that is no text is one in an export, too."""
+    kept = tmp_path / "talk.mmchat"
+    mmchat_command("chat", red, "--save", kept, stdin="猫?\n")
+    out, _ = mmchat_command("session", "show", kept, env={"PYTHONIOENCODING": "iso-8859-1"})
+    assert r"\u732b?" in out
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.md")
+    mmchat_command("session", "export", kept, "--to", name)
+    assert "caf%E9.pictures/" in Path(name).read_text()
+
+
 def test_chat_ends_quietly_with_its_input() -> None:
     assert mmchat_command("chat") == ("", "")
 

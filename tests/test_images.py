@@ -231,6 +231,7 @@ def test_float_grey_is_scaled_by_its_range(values: list[float], wanted: list[int
     assert image.mode == "F"
     assert pixels(image) == [grey(*wanted)]
     assert pixels(encoded(image, "TIFF")) == [grey(*wanted)]
+    assert pixels(encoded(image, "PPM")) == [grey(*wanted)]  # that is PFM
 
 
 @pytest.mark.parametrize("reference_rule", [False, True])

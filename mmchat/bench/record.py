@@ -173,7 +173,7 @@ def _chat(chat: dict[str, Any]) -> Table:
         ("wall time", f"{chat['wall_s']:.3f} s"),
         ("the model's own time", f"{chat['model_s']:.3f} s"),
         ("host overhead", f"{100 * chat['overhead_share']:.1f} % of the model's own time"),
-        ("of that, reading and cutting pictures", f"{100 * chat['pictures_share']:.1f} %"),
+        ("in that, reading and cutting pictures", f"{100 * chat['pictures_share']:.1f} % of the model's own time"),
         ("per token, the model", f"{chat['model_ms_per_token']:.2f} ms"),
         ("per token, host overhead", f"{chat['overhead_ms_per_token']:.3f} ms"),
     ]

@@ -5,6 +5,7 @@ Each command is a thin front on mmchat.runtime; its module is imported when it i
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -308,7 +309,7 @@ def regress(
     seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn. [default: another each time]")] = None,
     database: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="What failed before, tried first. [default: ~/.local/state/mmchat/regress]"),
+        typer.Option(metavar="DIR", help="What failed before, tried again. [default: ~/.local/state/mmchat/regress]"),
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write all that was found.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write it as JUnit XML, for CI.")] = None,
@@ -539,6 +540,8 @@ def _open_standard_files() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale cannot say it: an answer is not lost
     if sys.stdout is None:
         options.say("stdout is closed: there is nowhere to write an answer to")
         raise SystemExit(1)
