@@ -683,14 +683,15 @@ def _settings(values: _Fields) -> SavedSettings:
     )
 
 
-def _plain_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same: text, finite numbers, None, and lists of these."""
-    for value in values.values():
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            is_plain = item is None or isinstance(item, (str, int)) or (isinstance(item, float) and math.isfinite(item))
-            if not is_plain:
-                raise _Wrong(f"a setting is {ascii(value)[:60]}")
-    return values
+def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a policy: what is neither text, a number, None nor a list of these becomes text, which is no policy."""
+    return {name: value if _is_plain(value) else ascii(value)[:60] for name, value in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, str) for item in value)
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _model(values: _Fields) -> SavedModel:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -931,9 +932,21 @@ def test_marks_that_are_none(setup: Setup, file: Path, state: dict[str, Any]) ->
     assert note.startswith("lost: what was pinned, forgotten and not sent any more (")
 
 
-@pytest.mark.parametrize("policy", [{"steps": ("x",)}, {"steps": 3}, {"keep": "a"}, {"colour": 1}, {"steps": ({},)}])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"steps": ("x",)},
+        {"steps": 3},
+        {"keep": "a"},
+        {"colour": 1},
+        {"steps": ({},)},
+        {"keep": b"x"},
+        {"keep": float("nan")},
+    ],
+)
 def test_a_policy_that_is_none(setup: Setup, file: Path, policy: dict[str, Any]) -> None:
     Journal.create(file, SavedRecord(SavedSettings(policy=policy), SavedModel()), lambda name: b"", no_rows)
+    json.dumps(Bundle(file).record.settings.policy, allow_nan=False)  # mmchat session show --json
     loaded = Other(setup.store.root).load(file)
     assert loaded.policy == Policy()
     (note,) = loaded.notes

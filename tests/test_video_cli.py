@@ -213,10 +213,10 @@ def test_resume_never_empties_what_it_cannot_make_again(no_model: FakeRuntime, v
     assert "a.srt is there already: --overwrite begins anew" in told
     told = refused("caption", video, "-o", "a.srt", "-o", "a.jsonl", "--resume", *short, code=2)
     assert "a.srt is there, but not a.jsonl, from which --resume goes on" in told
-    for content in ("precious", '{"time": 0}\nprecious'):
+    for content in ("precious", '{"id": 0}\nprecious'):
         Path("theirs.jsonl").write_text(content)
         told = refused("caption", video, "-o", "theirs.jsonl", "--resume", *short)
-        assert "its last line is no caption" in told
+        assert "line 1 is no caption" in told
         assert Path("theirs.jsonl").read_text() == content
     assert Path("a.srt").read_text() == made
 

@@ -25,7 +25,7 @@ class Journal:
     def __init__(self, path: Path, run: str, *, resume: bool) -> None:
         """resume: keep what is there.
 
-        Raises VideoError: another process writes it, or what a kill left at its end is no caption.  Raises OSError.
+        Raises VideoError: another process writes it, or it is another kind of file.  Raises OSError.
         """
         self._path, self._run = path, run
         self._file = path.open("a+b", buffering=0)
@@ -35,10 +35,10 @@ class Journal:
             self._file.close()
             raise VideoError(f"{path}: another run is writing it") from None
         self._kept = self._end_of_last_line() if resume else 0
-        begun = os.pread(self._file.fileno(), len(_BEGINS), self._kept) if resume else b""
-        if not _BEGINS.startswith(begun):
+        begins = os.pread(self._file.fileno(), len(_BEGINS), 0).strip(b"\0") if resume else b""  # a power cut leaves \0
+        if not _BEGINS.startswith(begins):
             self._file.close()
-            raise VideoError(f"{path}: its last line is no caption; it cannot be continued")
+            raise VideoError(f"{path}: line 1 is no caption; it cannot be continued")
         self._file.truncate(self._kept)
 
     def captions(self) -> Iterator[Caption]:
