@@ -684,7 +684,7 @@ def _settings(values: _Fields) -> SavedSettings:
 
 
 def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a policy: what is neither text, a number, None nor a list of these becomes text, which is no policy."""
+    """Of a policy: what is neither text, a number, None nor a list of texts becomes text, which is no policy."""
     return {name: value if _is_plain(value) else ascii(value)[:60] for name, value in values.items()}
 
 
