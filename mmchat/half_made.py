@@ -17,8 +17,7 @@ PULL_RECORD = ".mmchat-pull.json"
 _BOARD_FILE = "mmchat.json"
 # What pull --only fetches, and what it is.
 _PARTS = {"embed_table.safetensors": "the token rows", "vision.safetensors": "the vision encoder"}
-_OPENVINO = "openvino"  # the step of mmchat convert openvino; its folder is a model when config.json has come, the last
-# Step -> (what its folder is, the file that it writes last, what is done with it).
+# Step -> (what its folder is, the file that it writes last, what is done with it; "": it is then a model).
 _STEPS = {
     "llm-checkpoint": (
         "the LLM alone, as a plain Qwen2 folder (mmchat convert llm-checkpoint)",
@@ -30,6 +29,7 @@ _STEPS = {
         "vision.onnx",
         "it is for mmchat convert vision-rknn {} vision.rknn --target CHIP",
     ),
+    "openvino": ("an OpenVINO folder (mmchat convert openvino)", "config.json", ""),
 }
 
 
@@ -51,15 +51,12 @@ def look(folder: Path) -> HalfMade | None:
         return parts
     state = read_state(folder / CONVERT_STATE)
     source = state.get("source")
-    if isinstance(source, dict) and source.get("step") == _OPENVINO and not (folder / "config.json").is_file():
-        what = f"{folder}: an OpenVINO folder (mmchat convert openvino), half made"
-        return HalfMade(what, "run the same command again: it goes on where it was")
     known = _STEPS.get(str(source.get("step"))) if isinstance(source, dict) else None
     if known is None or (folder / _BOARD_FILE).is_file():
         return None
     what, last, use = known
     if (folder / last).is_file():
-        return HalfMade(f"{folder}: {what}, not a model folder", use.format(quoted))
+        return HalfMade(f"{folder}: {what}, not a model folder", use.format(quoted)) if use else None
     return HalfMade(f"{folder}: {what}, half made", "run the same command again: it goes on where it was")
 
 

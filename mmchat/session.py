@@ -573,34 +573,20 @@ class Session:
             marks = self._marks.of(turns)
             if base is not None:
                 marks = _carried_over(self._marks, marks, self._turns, base, question)
-            longest: int | None = None
-            is_refused = True
-            while is_refused:
-                is_refused = False
-                reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling, longest)
-                with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
-                    self._encode(reply, prepared)
-                    events = self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
-                    try:
-                        for event in events:
-                            if isinstance(event, Done):
-                                done = event
-                            if event.text:
-                                reply.text_so_far += event.text
-                                yield event.text
-                    except GeneratorExit:  # the reader left: the engine still tells what it did
-                        reply.cancel()
-                        with contextlib.suppress(MmchatError):
-                            done = next((event for event in events if isinstance(event, Done)), done)
-                        done = done and replace(
-                            done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far)
-                        )
-                        raise
-                    except ContextFull as error:
-                        # Too long to be computed whole, though not to be added to: that is planned for now, once.
-                        if longest is not None or error.max_new_tokens or shown:
-                            raise
-                        longest, is_refused = error.limit, True
+            with contextlib.closing(self._events(reply, prepared, turns, marks, question, shown)) as events:
+                try:
+                    for event in events:
+                        if isinstance(event, Done):
+                            done = event
+                        if event.text:
+                            reply.text_so_far += event.text
+                            yield event.text
+                except GeneratorExit:  # the reader left: the engine still tells what it did
+                    reply.cancel()
+                    with contextlib.suppress(MmchatError):
+                        done = next((event for event in events if isinstance(event, Done)), done)
+                    done = done and replace(done, reason="cancelled", ids=self._spelled(done.ids, reply.text_so_far))
+                    raise
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException:
@@ -616,6 +602,32 @@ class Session:
                 self._turns = (*turns, Turn(question, reply.text_so_far, ids, reply.reason_so_far, usage))
                 self._marks = reply.plan_so_far.marks
                 self._n_foreign = min(self._n_foreign, len(turns))
+
+    def _events(
+        self,
+        reply: Reply,
+        prepared: Sequence[str | _Prepared],
+        turns: Sequence[Turn],
+        marks: Marks,
+        question: Sequence[str | ImageHandle],
+        shown: list[int],
+    ) -> Generator[Token | Done, None, None]:
+        """What the engine says to the question, once its plan is made and its pictures are encoded.
+
+        Where the engine refuses to compute so long a prompt whole, though it could add to it, a shorter one is planned.
+        """
+        longest: int | None = None
+        while True:
+            reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling, longest)
+            with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
+                self._encode(reply, prepared)
+                try:
+                    yield from self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
+                    return
+                except ContextFull as error:
+                    if longest is not None or error.max_new_tokens or shown:
+                        raise
+                    longest = error.limit
 
     def _spelled(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
         """The tokens of exactly the text that was shown: more may have been generated, or held back."""

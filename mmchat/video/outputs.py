@@ -150,9 +150,9 @@ class _Page:
 
     def _figure(self, number: int, caption: Caption) -> str:
         place = quote(os.fsencode(f"{self._folder.name}/{self._picture(caption).name}"))  # an address: "#1" is a place
-        picture = f'<img src="{place}" loading="lazy" alt="frame {caption.index}">'
-        if not self._picture(caption).exists():  # of a run before that wrote no page
-            picture = ""
+        picture = ""
+        if self._picture(caption).exists():  # a run before that wrote no page left none
+            picture = f'<img src="{place}" loading="lazy" alt="frame {caption.index}">'
         name = f" <small>{html.escape(caption.name)}</small>" if caption.name else ""
         span = f"{clock(caption.time)} – {clock(caption.end)}"
         told = f"<time>{span}</time>{name}<p>{html.escape(caption.text)}</p>"

@@ -54,10 +54,9 @@ class Pace:
         times = source.times() if self.official or self.max_frames else None
         if times is None:
             return None
-        if self.official:
-            return spread(official_times(times, source.rate), self.most or OFFICIAL_FRAMES)
         due = _on_grid(self.every)
-        return spread([time for time in times if due(time)], self.max_frames or len(times))
+        taken = official_times(times, source.rate) if self.official else [time for time in times if due(time)]
+        return spread(taken, self.most or len(taken))
 
 
 def official_times(times: Sequence[float], rate: float | None) -> list[float]:
