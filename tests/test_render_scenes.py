@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -21,10 +22,12 @@ from tools.render_scenes import (
     READABLE_PX,
     SHAPES,
     UNREADABLE_PX,
+    WORDS,
     Scene,
     Style,
     draw,
     plain_scene,
+    random_text,
     render,
     sample_scene,
     seen_font_px,
@@ -116,6 +119,27 @@ def test_shapes_lie_in_the_third_that_their_position_names_and_do_not_touch() ->
             for other in scene.shapes:
                 if other is not shape:
                     assert np.hypot(x - other.center[0], y - other.center[1]) > shape.radius + other.radius
+
+
+def test_shapes_are_like_earlier_ones_as_often_as_wanted() -> None:
+    def alike(p_like: float) -> int:
+        rng = Random("alike")
+        scenes = [sample_scene(rng, Style(n_shapes=3, text="", p_like=p_like), held_out=False) for _ in range(150)]
+        return sum(
+            len({s.color for s in scene.shapes}) < 3 or len({s.kind for s in scene.shapes}) < 3 for scene in scenes
+        )
+
+    assert alike(0.0) < 120 < alike(0.7)
+
+
+def test_spelling_brings_what_words_and_usual_numbers_do_not_teach() -> None:
+    rng = Random("spelling")
+    texts = [random_text(rng, spelling=True) for _ in range(1000)]
+    numbers = [text for text in texts if text.isdigit()]
+    assert all(text in WORDS or text.isdigit() for text in (random_text(rng) for _ in range(200)))
+    assert all(str(int(number)) == number and int(number) <= 999 for number in numbers)
+    assert sum(any(a == b for a, b in itertools.pairwise(n)) for n in numbers) > len(numbers) / 5
+    assert sum(text not in WORDS and text.isalpha() for text in texts) > 100
 
 
 def test_small_print_is_readable_in_a_cell_and_nowhere_else() -> None:

@@ -29,12 +29,15 @@ MAX_ROWS = 1024
 # How much more often than in tools.scene_talk training asks what is learned late, and less what is learned soon.
 EMPHASIS = {
     "exists": 1.6, "which": 1.5, "same_background": 1.2, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
-    "shape": 1.4, "at": 1.3, "more": 1.5, "background": 0.6, "backgrounds": 0.5, "n_images": 0.4,
+    "shape": 1.8, "color": 1.2, "at": 1.4, "text": 1.2, "more": 1.5, "background": 0.6, "backgrounds": 0.5,
+    "n_images": 0.4,
 }  # fmt: skip
 # By the number of pictures in a short dialogue: how many of them are cut.  Training has fewer: reading is learned from
 # labels, and an answer about shapes takes one view.
 _P_SLICED = {1: 0.7, 2: 0.45, 3: 0.45, 4: 0.45}
 _TRAINED_SLICED = 0.5
+# How often a shape of a training picture is like an earlier one: which of two gray shapes is the square is told late.
+P_LIKE = 0.35
 # Rows of a batch's dialogues: about equal, so that little is padding.
 _JOINT_ROWS = (288, 448, 640, MAX_ROWS, MAX_ROWS)
 _JUDGED_ROWS = 640
@@ -112,12 +115,14 @@ def encode_dialogue(
     return Encoded(prompt.ids, labels, kept, pictures[:n_shown], facts)
 
 
-def dialogue_scenes(rng: Random, n_images: int, *, held_out: bool, p_sliced: float = 0.6) -> list[Scene]:
+def dialogue_scenes(
+    rng: Random, n_images: int, *, held_out: bool, p_sliced: float = 0.6, p_like: float = 0.0
+) -> list[Scene]:
     """Scenes for one conversation: backgrounds are often equal, and later pictures have fewer shapes."""
     scenes: list[Scene] = []
     for _ in range(n_images):
         same = scenes[-1].background if scenes and rng.random() < 0.3 else None
-        style = Style(background=same, max_shapes=4 if n_images < 3 else 3, p_sliced=p_sliced)
+        style = Style(background=same, max_shapes=4 if n_images < 3 else 3, p_sliced=p_sliced, p_like=p_like)
         scenes.append(sample_scene(rng, style, held_out=held_out))
     return scenes
 
@@ -196,7 +201,8 @@ class JointData(IterableDataset[TextBatch]):
         if is_long:
             n_images = rng.choices(range(1, 9), _N_IMAGES_LONG)[0]
         p_sliced = _P_SLICED.get(n_images, 0.15) * (1.0 if self._held_out else _TRAINED_SLICED)
-        scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=p_sliced)
+        p_like = 0.0 if self._held_out else P_LIKE
+        scenes = dialogue_scenes(rng, n_images, held_out=self._held_out, p_sliced=p_sliced, p_like=p_like)
         plans = [chosen_plan(rng, scene) for scene in scenes]
         n_inputs = sum(plan.n_inputs for plan in plans)
         if self._held_out:
@@ -228,7 +234,8 @@ class PoolData(IterableDataset[tuple[list[tuple[Scene, SlicePlan]], VisionBatch]
             cut: list[tuple[Scene, SlicePlan]] = []
             views: list[View] = []
             while len(views) < 96:
-                scene = sample_scene(rng, Style(max_shapes=rng.choice((3, 4, 4)), p_sliced=0.6), held_out=False)
+                style = Style(max_shapes=rng.choice((3, 4, 4)), p_sliced=0.6, p_like=P_LIKE)
+                scene = sample_scene(rng, style, held_out=False)
                 plan = chosen_plan(rng, scene)
                 cut.append((scene, plan))
                 views += views_of(scene, plan, QUERY_NUM, labels=False)

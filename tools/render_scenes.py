@@ -168,8 +168,9 @@ class Style:
 
     size: of the picture; None: any.  sliced: only pictures that are cut (True) or never (False); None: both.
     text: what is printed ("" for nothing); None: chance decides with p_text.  print_size: "small" is read in a cell
-    only, "large" in the whole view as well; None: both.  spelling: random letters too, not only WORDS and numbers.
-    p_more_text: how often further texts fill the picture.
+    only, "large" in the whole view as well; None: both.  spelling: random letters and digits too, not only WORDS and
+    numbers as they come.  p_more_text: how often further texts fill the picture.  p_like: how often a shape has the
+    colour or the kind of an earlier one, on top of what chance gives.
     """
 
     size: Size | None = None
@@ -183,6 +184,7 @@ class Style:
     print_size: str | None = None
     spelling: bool = False
     p_more_text: float = 0.0
+    p_like: float = 0.0
 
 
 def render(seed: int | Random, style: Style | None = None, *, held_out: bool = True) -> tuple[Image.Image, Scene]:
@@ -295,9 +297,18 @@ def luminance(rgb: RGB) -> float:
 
 
 def random_text(rng: Random, spelling: bool = False) -> str:
-    """A word of WORDS or a number of one to three digits; with spelling, one in four is random letters."""
-    if spelling and rng.random() < 0.25:
+    """A word of WORDS or a number of one to three digits; with spelling, mostly what words do not teach.
+
+    That is random letters, and numbers in which digits repeat: 43, 433 and 443 are told apart late.
+    """
+    drawn = rng.random() if spelling else 1.0
+    if drawn < 0.2:
         return "".join(rng.choice(CHARACTERS[10:]) for _ in range(rng.randint(2, 5)))
+    if drawn < 0.6:
+        digits = rng.choice(CHARACTERS[1:10])
+        for _ in range(rng.choice((1, 2, 2))):
+            digits += digits[-1] if rng.random() < 0.25 else rng.choice(CHARACTERS[:10])
+        return digits
     if rng.random() < 0.5:
         return rng.choice(WORDS)
     n_digits = rng.choice((1, 2, 2, 3, 3, 3))
@@ -471,6 +482,9 @@ def _place_shapes(rng: Random, size: Size, background: str, prints: Sequence[Pri
         kind = same_kind or rng.choice(SHAPES)
         color = same_color if same_color in colors else rng.choice(colors)
         assert color is not None
+        if shapes and style.p_like and rng.random() < style.p_like:
+            other = rng.choice(shapes)
+            kind, color = (kind, other.color) if rng.random() < 0.6 else (other.kind, color)
         turn = 0.0 if rng.random() < 0.5 else rng.uniform(-_MAX_SAMPLED_TURN, _MAX_SAMPLED_TURN)
         shapes.append(Shape(kind, color, cell, center, radius, _shade(rng, color), turn))
     return shapes

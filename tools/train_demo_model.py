@@ -43,6 +43,7 @@ from mmchat.prompt import ChatTokenizer
 from mmchat.slicing import SlicePlan
 from tools.demo_torch import DemoConfig, DemoModel, save_both, vision_inputs
 from tools.dialogue_batches import (
+    P_LIKE,
     QUERY_NUM,
     CachedData,
     JointData,
@@ -330,10 +331,15 @@ class Trainer:
 
     def _joint_losses(self, plan: StagePlan) -> Iterator[tuple[Tensor, dict[str, float], int]]:
         seed = self.options.seed * 1000 + int(self.stage_s)
+        labelled = _loader(_VisionData(self.options.labelled_views, seed)) if self.options.labelled_views else None
         for batch in _loader(JointData(str(self.out / "tokenizer.json"), plan.batch, seed)):
             assert batch.vision is not None
             features, rows = self.encode(batch.vision.patches, batch.vision.grids)
             aux, seen = self.heads(features, rows, batch.vision)
+            if labelled is not None:
+                more = next(labelled)
+                aux_more, seen = self.heads(*self.encode(more.patches, more.grids), more)
+                aux = aux + aux_more
             said, figures = self._talk_loss(batch, rows.flatten(0, 1))
             kept = {"seen": seen["seen"], "read": seen["read"]}
             n_answers = sum(len(dialogue.turns) for dialogue in batch.dialogues)
@@ -495,7 +501,8 @@ class _VisionData(IterableDataset[VisionBatch]):
         torch.set_num_threads(1)
         rng = Random(f"training views {self._seed}")
         usual = Style(p_text=0.85, p_sliced=0.6, spelling=True, p_more_text=0.7)
-        crowded = [replace(usual, n_shapes=n, p_text=0.6, p_more_text=0.3) for n in (3, 4, 4)]  # learned last
+        many = replace(usual, p_text=0.6, p_more_text=0.3, p_like=P_LIKE)
+        crowded = [replace(many, n_shapes=n) for n in (3, 4, 4)]  # learned last
         sparse = [Style(n_shapes=n, p_text=0.3) for n in (1, 1, 2)]  # else lone large shapes are forgotten
         while True:
             views: list[View] = []
@@ -633,6 +640,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--labels-weight", type=float, default=0.3, help="of the dense labels in joint; late, 0.05 lets answers count"
+    )
+    parser.add_argument(
+        "--labelled-views", type=int, default=0, help="views per step of joint that only the dense labels teach"
     )
     parser.add_argument("--judge-batches", type=int, default=12, help="held-out batches per progress check")
     parser.add_argument("--seed", type=int, default=1)
