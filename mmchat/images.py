@@ -20,6 +20,7 @@ import io
 import os
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,16 @@ _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 # What every browser shows, and how such files are called.
 _SHOWN = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _WEBP_SIDE, _JPEG_SIDE, _JPEG_QUALITY = 16_383, 65_535, 90
+# By EXIF orientation, what makes it upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, MemoryError)
 
 
@@ -78,7 +89,17 @@ class OpenedImage:
             raise ImageError(
                 f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; not decoded"
             )
-        self._turned = not reference and _orientation(image) >= 5  # by 90 degrees, one way or the other
+        self._damage: ImageError | None = None
+        if not reference and image.format == "PNG" and "exif" not in image.info:
+            # Pillow looks for it behind the pixels, too; what is damaged there is not the EXIF.
+            try:
+                with _damage_told(name):
+                    image.load()
+            except ImageError as error:
+                self._damage = error
+        # By 90 degrees, one way or the other.  Some versions of Pillow tell a TIFF's size as it will stand.
+        sideways = not reference and not self._damage and _orientation(image) >= 5
+        self._turned = sideways and (image.format != "TIFF" or image.size == _stored_size(image))
         self.size: Size = (height, width) if self._turned else (width, height)
 
     @property
@@ -95,9 +116,11 @@ class OpenedImage:
 
         Raises ImageError: truncated or damaged.
         """
-        from PIL import ImageOps
+        from PIL.Image import Transpose
 
         image = self._image
+        if self._damage is not None:
+            raise self._damage
         with _damage_told(self._name):
             if at_least is not None and self._may_draft:
                 width, height = at_least[::-1] if self._turned else at_least
@@ -105,9 +128,9 @@ class OpenedImage:
             image.load()
             if self._reference:
                 return image if image.mode == "RGB" else image.convert("RGB")
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+            turn = _TURNS.get(_orientation(image))  # not ImageOps.exif_transpose: it writes all the EXIF anew
+            image = _to_rgb(image)
+            return image if turn is None else image.transpose(Transpose[turn])
 
     def __enter__(self) -> OpenedImage:
         return self
@@ -221,7 +244,7 @@ def _damage_told(name: str) -> Iterator[None]:
     from PIL import UnidentifiedImageError
 
     try:
-        with _warnings_kept():
+        with _warnings_kept:
             yield
     except (ImageError, UnidentifiedImageError):
         raise
@@ -230,22 +253,48 @@ def _damage_told(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: truncated or damaged picture ({reason})") from None
 
 
-@contextlib.contextmanager
-def _warnings_kept() -> Iterator[None]:
-    """Pillow warns of sizes (max_pixels decides) and of damaged EXIF (then there is none): nothing for users."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+class _WarningsKept:
+    """Pillow warns of sizes (max_pixels decides) and of damaged EXIF (then there is none): nothing for users.
+
+    The filters are the process's: of several threads the first to come changes them, and the last to go puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.__exit__(None, None, None)
+
+
+_warnings_kept = _WarningsKept()
 
 
 def _orientation(image: Image) -> int:
     """EXIF orientation, 1 (upright) to 8; damaged EXIF counts as none."""
     try:
-        with _warnings_kept():
+        with _warnings_kept:
             value = image.getexif().get(0x0112, 1)
     except _BROKEN:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _stored_size(image: Image) -> tuple[Any, Any]:
+    """Width and height as a TIFF's tags have them."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(256), tags.get(257)
 
 
 def _to_rgb(image: Image) -> Image:
@@ -265,6 +314,8 @@ def _scale_grey(image: Image) -> Image:
     from PIL import Image as pil
 
     values = np.asarray(image).astype(np.float64)
+    clear = image.info.get("transparency")  # the gray that is; anything else is not of this mode
+    shows_through = values == clear if isinstance(clear, int) else np.zeros(values.shape, bool)
     values = np.nan_to_num(values, nan=0.0, posinf=np.finfo(np.float32).max).clip(min=0)
     top = float(values.max())
     # PNG and PPM may open as "I" with 16 bits.
@@ -273,7 +324,9 @@ def _scale_grey(image: Image) -> Image:
     else:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         full = next((limit for limit in ranges if top <= limit), top)
-    return pil.fromarray(np.rint(values * (255.0 / full)).astype(np.uint8))
+    scaled = np.rint(values * (255.0 / full)).astype(np.uint8)
+    scaled[shows_through] = 255
+    return pil.fromarray(scaled)
 
 
 def _from_array(array: NDArray[Any]) -> Image:
