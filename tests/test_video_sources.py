@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import random
 import struct
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from mmchat.errors import ImageError, VideoError
 from mmchat.video import Arrays, open_source
@@ -71,6 +72,44 @@ def test_an_iterator_gives_times_or_gets_them() -> None:
     assert [frame.time for frame in frames] == [0, 1, 7.5]
     assert [frame.read().size for frame in frames] == [(28, 28), (56, 42), (28, 28)]
     assert [frame.time for frame in frames_of(Arrays(map(distinct, range(3)), rate=4))[0]] == [0, 0.25, 0.5]
+
+
+def test_seconds_may_be_numpys() -> None:
+    frames, _ = frames_of(open_source([(np.float32(1.5), distinct(0)), (np.int64(3), distinct(1))]))
+    assert [(frame.time, frame.read().size) for frame in frames] == [(1.5, (28, 28)), (3.0, (28, 28))]
+
+
+def test_an_iterator_may_use_one_picture_for_all(tmp_path: Path) -> None:
+    """As PIL's own ImageSequence does, and cameras that fill one buffer."""
+    names = ["red", "green", "blue"]
+    colour("red").save(tmp_path / "a.gif", save_all=True, append_images=[colour(name) for name in names[1:]])
+    wanted = [np.asarray(colour(name)).tolist() for name in names]
+    with Image.open(tmp_path / "a.gif") as gif:
+        frames, _ = frames_of(Arrays(ImageSequence.Iterator(gif)))
+        assert [np.asarray(frame.read()).tolist() for frame in frames] == wanted
+
+    def camera() -> Iterator[Any]:
+        buffer = np.zeros((42, 56, 3), np.uint8)
+        canvas = Image.new("RGB", (56, 42))
+        for name in names:
+            buffer[:] = np.asarray(colour(name))
+            yield buffer
+            canvas.paste(name, (0, 0, 56, 42))
+            yield canvas
+
+    frames, _ = frames_of(Arrays(camera()))
+    assert [np.asarray(frame.read()).tolist() for frame in frames] == [one for one in wanted for _ in range(2)]
+
+
+def test_a_picture_that_is_only_opened_is_decoded_when_it_is_read(tmp_path: Path) -> None:
+    colour("red").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    opened, damaged = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data[: len(data) // 2]))
+    frames, _ = frames_of(Arrays([opened, damaged]))
+    assert opened.tile  # not yet decoded
+    assert near(frames[0].read(), (5, 5)) == "red"
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        frames[1].read()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +197,17 @@ def test_a_video_has_its_frames_and_times(name: str, codec: str, form: str, tmp_
     assert source.times() == pytest.approx([frame.time for frame in frames], abs=1e-6)
     assert frames[-1].duration == pytest.approx(1 / 25, abs=0.011)
     assert frames[25].read().size == (56, 42)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_recordings_in_a_row_have_the_times_that_their_frames_are_shown_at(times: int, tmp_path: Path) -> None:
+    """`cat a.ts a.ts`: the numbers begin anew."""
+    path = make_video(tmp_path / "a.ts", [colour(COLOURS[i // 10]) for i in range(50)])
+    path.write_bytes(path.read_bytes() * times)
+    source = open_source(path)
+    frames, _ = frames_of(source)
+    assert len(frames) == 50 * times
+    assert source.times() == pytest.approx([frame.time for frame in frames], abs=0.05)
 
 
 def test_a_variable_frame_rate_keeps_its_times(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 NETWORK = "http,https,tcp,tls,crypto,hls,rtsp,rtp,udp"
 _USUAL_RATE = 25.0
 OPEN_S, SILENCE_S = 20.0, 10.0
+# Packets whose times fall by more belong to another recording that was put behind the first; by less, to disorder.
+_BEGINS_ANEW_S = 1.0
 
 
 def is_address(text: str) -> bool:
@@ -68,12 +71,27 @@ class Opened:
         self.length = self._length()
 
     def times(self) -> list[float]:
-        """The time of every frame in order, from the container's index or packets; nothing is decoded."""
+        """The time of every frame in order, as clock() tells it, from the container's packets; nothing is decoded."""
         base, start = self._base()
+        gap = 1 / (self.rate or _USUAL_RATE)
+        parts: list[list[float]] = [[]]
+        decoded = -math.inf  # when, which is in order within a part
         with contextlib.suppress(_av().FFmpegError):
-            return sorted(
-                (packet.pts - start) * base for packet in self.container.demux(self.stream) if packet.pts is not None
-            )
+            for packet in self.container.demux(self.stream):
+                if packet.pts is None:
+                    continue
+                if packet.dts is not None:
+                    if packet.dts * base < decoded - _BEGINS_ANEW_S:
+                        parts.append([])
+                    decoded = packet.dts * base
+                parts[-1].append((packet.pts - start) * base)
+            times: list[float] = []
+            shift = 0.0
+            for part in map(sorted, filter(None, parts)):
+                if times and part[0] + shift < times[-1]:
+                    shift = times[-1] + gap - part[0]
+                times += [time + shift for time in part]
+            return times
         return []
 
     def frames(self, stop: threading.Event) -> Iterator[VideoFrame | str]:

@@ -153,7 +153,7 @@ def _follow(
                 n_passed, n_bad, is_barren = n_passed + drops, 0, False
                 yield before.shifted(caption)
             if source.live and n_frames >= (plan.pace.most or n_frames + 1):
-                return
+                break
         before.check_reached(source.name)
         if not n_frames:
             raise VideoError(f"{source.name}: not one frame could be read")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mmchat.errors import VideoError
 from mmchat.images import SUFFIXES, read_image
@@ -67,16 +71,32 @@ class Arrays:
             if stop.is_set():
                 return
             seconds, picture = _timed(item, number * self._shown)
+            read = partial(read_image, _own(picture))
             if self.live:
-                yield Frame(number, time.monotonic() - began, 0.0, partial(read_image, picture), at=time.time())
+                yield Frame(number, time.monotonic() - began, 0.0, read, at=time.time())
             else:
-                yield Frame(number, seconds, self._shown, partial(read_image, picture))
+                yield Frame(number, seconds, self._shown, read)
 
 
 def _timed(item: Any, seconds: float) -> tuple[float, ImageSource]:
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (int, float)):
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Real):
         return float(item[0]), item[1]
     return seconds, item
+
+
+def _own(picture: Any) -> Any:
+    """It is read later, when its owner may have the next picture in the same place: that is copied now.
+
+    Not so a picture file that PIL has only opened: it stays what it is, and is decoded if it is wanted.
+    """
+    from PIL.Image import Image
+
+    if isinstance(picture, (np.ndarray, bytearray)):
+        return picture.copy()
+    if isinstance(picture, Image) and (not getattr(picture, "tile", None) or getattr(picture, "is_animated", False)):
+        with contextlib.suppress(Exception):  # damaged: whoever reads it is told
+            return picture.copy()
+    return picture
 
 
 def _as_people_count(path: Path) -> list[tuple[int, int, str]]:
