@@ -20,6 +20,7 @@ from mmchat.board_files import file_mark
 from mmchat.checkpoint import write_atomic
 from mmchat.errors import ModelDirError
 from mmchat.model_dir import ModelSpec
+from mmchat.store import temporary_folder
 
 _FORMAT = 1
 _LOG = logging.getLogger("mmchat")
@@ -112,7 +113,12 @@ class Profile:
 
 def state_folder() -> Path:
     """Where mmchat keeps what it learns and logs."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mmchat"
+    if named := os.environ.get("XDG_STATE_HOME"):
+        return Path(named) / "mmchat"
+    try:
+        return Path.home() / ".local" / "state" / "mmchat"
+    except RuntimeError:  # a user without a home, as containers have them
+        return temporary_folder() / f"mmchat-{os.getuid()}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,9 +126,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         profiles = values["profiles"] if values["format"] == _FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {key: value for key, value in profiles.items() if isinstance(value, dict)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    return {key: value for key, value in profiles.items() if isinstance(value, dict)}
 
 
 def _key(library: Path, model: Path, digests: Any) -> str:

@@ -65,8 +65,10 @@ def default_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
     if named := environ.get("MMCHAT_STORE"):
         return (Path(os.path.expanduser(named)),)
     cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    temporary = Path(tempfile.gettempdir()) / f"mmchat-{os.getuid()}"
-    return Path(cache) / "mmchat" / "embeddings", temporary / "embeddings"
+    temporary = temporary_folder() / f"mmchat-{os.getuid()}" / "embeddings"
+    if cache.startswith("~"):  # a user without a home, as containers have them
+        return (temporary,)
+    return Path(cache) / "mmchat" / "embeddings", temporary
 
 
 def default_cap(environ: Mapping[str, str]) -> int:
@@ -85,9 +87,17 @@ def default_cap(environ: Mapping[str, str]) -> int:
 
 def spare_folder() -> Path:
     """Where embeddings go that a full or read-only folder cannot take: in memory where there is room."""
-    places = [Path(place) for place in ("/dev/shm", tempfile.gettempdir()) if os.access(place, os.W_OK | os.X_OK)]
+    places = [place for place in (Path("/dev/shm"), temporary_folder()) if os.access(place, os.W_OK | os.X_OK)]
     roomy = [place for place in places if shutil.disk_usage(place).free >= SPARE_CAP_BYTES]
-    return [*roomy, *places, Path(tempfile.gettempdir())][0] / f"mmchat-{os.getuid()}" / "spare"
+    return [*roomy, *places, temporary_folder()][0] / f"mmchat-{os.getuid()}" / "spare"
+
+
+def temporary_folder() -> Path:
+    """The system's."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:  # it writes a file to find out, and none of the folders it knows takes one
+        return Path("/tmp")
 
 
 def open_store(folder: str | Path | None, cap_bytes: int, environ: Mapping[str, str]) -> Store:

@@ -45,7 +45,18 @@ def test_findings_last_and_belong_to_one_library_and_model(spec: ModelSpec, tmp_
     assert Profile.open(spec, own).strategy == "append"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 9}', '{"format": 1, "profiles": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 9}',
+        '{"format": 1, "profiles": {"a": 3}}',
+        '{"format": 1, "profiles": []}',
+        "[" * 9999,
+    ],
+)
 def test_a_damaged_file_is_no_profile_and_is_replaced(spec: ModelSpec, text: str) -> None:
     path = spec.folder / "profile.json"
     path.write_text(text)
