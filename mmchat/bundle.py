@@ -186,6 +186,7 @@ class Bundle:
         Raises BundleError: no such file, not a bundle, of a newer version, or another program writes to it.
         """
         self.file = SectionFile.open(Path(path), write=write)
+        self.file.path = Path(os.path.realpath(path))  # whatever becomes of links and of the working folder
         self.torn = self.damaged = False
         self._lost: list[str] = []
         self._pictures: dict[str, Section] = {}
@@ -454,7 +455,11 @@ class Journal:
         Raises BundleError: it cannot be written, or another file is in its place.
         """
         if not self._file.is_in_place():
-            if self.path.exists():
+            try:
+                is_taken = self.path.exists()
+            except OSError as error:
+                raise _unwritable(self.path, error) from None
+            if is_taken:
                 raise BundleError(f"{self.path}: was replaced by another program; save the conversation elsewhere")
             self.rewrite(record, picture, rows)
             return

@@ -113,7 +113,7 @@ class Runtime:
         n_foreign = n_turns if bundle.damaged else self._outlook.n_foreign(bundle.record.state, n_turns)
         session = self._session(**restored.options, n_foreign=n_foreign)
         if autosave:
-            session.resume(bundle, restored)
+            session.resume(bundle)
         return session
 
     def _session(self, **options: Any) -> Session:

@@ -247,6 +247,7 @@ class Restored:
             "reference_pixels": settings.reference_pixels,
             "policy": self.policy,
             "sampling": settings.sampling,
+            "came_as": (settings.pictures, self.known),
             "turns": self.turns,
             "marks": self.marks,
             "notes": self.notes,

@@ -110,8 +110,13 @@ class SectionFile:
             if write:
                 file._lock()
             head = file._read(0, file.end)
+        except BundleError:
+            raise
+        except ValueError:
+            raise BundleError(f"{path}: no file can have that name") from None
         except OSError as error:
-            raise BundleError(f"{path}: {_READ_ERRORS.get(error.errno or 0) or _cannot('read', error)}") from None
+            verb = "written to" if write and os.access(path, os.R_OK) else "read"
+            raise BundleError(f"{path}: {_READ_ERRORS.get(error.errno or 0) or _cannot(verb, error)}") from None
         magic, version = _HEAD.unpack_from(head) if len(head) == file.end else (b"", 0)
         if magic != _MAGIC:
             raise BundleError(f"{path}: not a saved session")
@@ -137,7 +142,10 @@ class SectionFile:
 
         Raises BundleError: it cannot be written, or another program adds sections to the file that is there.
         """
-        path = Path(os.path.realpath(path))
+        try:
+            path = Path(os.path.realpath(path))
+        except ValueError:
+            raise BundleError(f"{path}: no file can have that name") from None
         try:
             if path.exists() and not (overwrite and path.is_file()):
                 raise BundleError(f"{path}: {'is not a file' if overwrite else 'is there already'}")
@@ -153,7 +161,7 @@ class SectionFile:
             head = _HEAD.pack(_MAGIC, VERSION)
             file._write(0, head + _CRC.pack(zlib.crc32(head)))
             file.append(sections)
-            os.replace(temporary, path)
+            _give_name(temporary, path, overwrite)
             _flush_folder(path.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -329,6 +337,21 @@ _READ_ERRORS = {errno.ENOENT: "no such file", errno.EISDIR: "is a folder, not a 
 
 def _cannot(verb: str, error: OSError) -> str:
     return f"cannot be {verb} ({error.strerror or error})"
+
+
+def _give_name(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Raises BundleError: somebody has made a file there meanwhile (overwrite=False); OSError."""
+    if not overwrite:
+        try:
+            os.link(temporary, path)
+            temporary.unlink()
+            return
+        except FileExistsError:
+            temporary.unlink()
+            raise BundleError(f"{path}: is there already") from None
+        except OSError:  # no file has two names on an SD card's file system
+            pass
+    os.replace(temporary, path)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ from mmchat.images import open_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
 from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
-from mmchat.saving import Keeper, Restored, cut_again, keep, saved_model, saved_state
+from mmchat.saving import Keeper, cut_again, keep, saved_model, saved_state
 from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
@@ -77,12 +77,15 @@ class Session:
         notes: Sequence[str] = (),
         n_foreign: int | None = None,
         outlook: Outlook | None = None,
+        came_as: tuple[str, Mapping[Original, str]] = ("original", {}),
     ) -> None:
         """See Runtime.session.
 
         turns, marks, notes: a record to go on from.  n_foreign: how many of these turns, the first ones, another
         engine or model has answered, so that they do not say how fast this one is; None: all.
         outlook: what is known of the engine, shared by all its sessions.
+        came_as: the form in which the bundle that it was restored from has pictures, and their ids there: in that
+            form they are kept as they are.
         """
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
@@ -104,6 +107,7 @@ class Session:
         self._running = threading.Lock()
         self._journal: Journal | None = None
         self._keeper: Keeper | None = None
+        self._came_as = came_as
 
     @property
     def turns(self) -> list[Turn]:
@@ -228,6 +232,7 @@ class Session:
             marks=self._marks.of(turns),
             n_foreign=min(self._n_foreign, at),
             outlook=self._outlook,
+            came_as=self._came_as,
         )
 
     def pin(self, what: str | ImageHandle | int) -> None:
@@ -287,7 +292,7 @@ class Session:
 
         Raises BundleError: it cannot be written, or another conversation is being saved there.
         """
-        keeper = Keeper(self._spec, self._store, images, embeddings)
+        keeper = self._keeper_of(images, embeddings)
         record = self._saved(keeper)
         if self.saved_to is not None and os.path.realpath(self.saved_to) == os.path.realpath(path):
             with self.claim("saving"):
@@ -308,7 +313,7 @@ class Session:
         with self.claim("saving"):
             journal = keeper = None
             if path is not None:
-                keeper = Keeper(self._spec, self._store, images, embeddings)
+                keeper = self._keeper_of(images, embeddings)
                 journal = Journal.create(path, self._saved(keeper), keeper.picture, keeper.rows, overwrite=False)
             if self._journal is not None:
                 self._journal.close()
@@ -321,18 +326,18 @@ class Session:
 
     @property
     def saved_form(self) -> str:
-        """How pictures are kept there."""
-        return self._keeper.form if self._keeper else "original"
+        """How pictures are kept there; else in the file that this conversation came from; else as they came."""
+        return self._keeper.form if self._keeper else self._came_as[0]
 
     @property
     def saves_embeddings(self) -> bool:
         """Whether their embeddings are kept there, too."""
         return self._keeper is not None and self._keeper.embeddings
 
-    def resume(self, bundle: Bundle, restored: Restored) -> None:
+    def resume(self, bundle: Bundle) -> None:
         """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
         settings = bundle.record.settings
-        keeper = Keeper(self._spec, self._store, settings.pictures, settings.embeddings, restored.known)
+        keeper = self._keeper_of(settings.pictures, settings.embeddings)
         record = self._saved(keeper)
         journal = None
         if bundle.damaged:
@@ -346,6 +351,10 @@ class Session:
             journal = Journal.resume(bundle)
             journal.write(record, keeper.picture, keeper.rows)
         self._journal, self._keeper = journal, keeper
+
+    def _keeper_of(self, images: str, embeddings: bool) -> Keeper:
+        form, known = self._came_as
+        return Keeper(self._spec, self._store, images, embeddings, known if images == form else None)
 
     def saved(self) -> SavedRecord:
         """The conversation as values, without pictures."""

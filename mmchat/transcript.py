@@ -159,6 +159,8 @@ def export(record: SavedRecord, picture: PictureOf, path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise SessionError(f"{path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if "\0" in os.fspath(path):
+        raise SessionError(f"{path}: no file can have that name")
     missing: dict[str, str] = {}
 
     def told(image: SavedImage) -> bytes:

@@ -52,7 +52,7 @@ def main(file: Path, root: Path) -> None:
         bundle = Bundle(file, write=True)
         restored = Restored(bundle, spec, tokenizer, store)
         chat = Session(spec, tokenizer, store, vision, engine, **restored.options)
-        chat.resume(bundle, restored)
+        chat.resume(bundle)
     else:
         chat = Session(spec, tokenizer, store, vision, engine)
         chat.autosave(file)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mmchat.bundle import Bundle, Journal, SavedImage, SavedModel, SavedRecord, SavedSettings, SavedTurn
 from mmchat.context import Policy
-from mmchat.errors import BundleError, ContextFull, EngineError, MmchatError, PromptError
+from mmchat.errors import BundleError, ContextFull, EngineError, MmchatError, PromptError, SessionError
 from mmchat.images import read_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer
@@ -35,6 +35,7 @@ from mmchat.saving import FORMS, Restored, image_of, saved_model, spells
 from mmchat.sections import SectionFile, pack
 from mmchat.session import Reply, Session
 from mmchat.store import Store, slice_key
+from mmchat.transcript import export
 from tests.fakes import FakeVision
 from tests.test_bundle import no_rows
 from tests.test_session import QUERY_NUM, SPEC, TOKENIZER, WIDTH, FaultyEngine, Setup, picture, png
@@ -98,7 +99,7 @@ class Other:
         restored = Restored(bundle, self.spec, self.tokenizer, self.store)
         session = self.session(**restored.options)
         if autosave:
-            session.resume(bundle, restored)
+            session.resume(bundle)
         return session
 
 
@@ -1145,3 +1146,109 @@ def test_a_plan_knows_what_must_be_encoded_again(setup: Setup, tmp_path: Path, e
     assert loaded.plan("And now?").slices_new == n_new
     assert say(other, loaded, "Yes.", "And now?") == "Yes."
     assert loaded.turns[-1].usage.slices_encoded == n_new
+
+
+def test_a_damaged_file_behind_a_link_is_kept_too(setup: Setup, file: Path, tmp_path: Path) -> None:
+    setup.chat.autosave(file)
+    setup.ask("Red.", "What?", images=[SOURCES[1]])
+    start = file.stat().st_size
+    setup.ask("Blue.", "And?")
+    setup.ask("Green.", "And?")
+    setup.chat.autosave(None)
+    damaged = bytearray(file.read_bytes())
+    damaged[start + 60] ^= 1
+    file.write_bytes(damaged)
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    chat = Other(setup.store.root).load(link, autosave=True)
+    assert chat.notes[-1] == "the damaged file is kept as talk.mmchat.damaged"
+    assert (file.parent / "talk.mmchat.damaged").read_bytes() == damaged
+    assert not (file.parent / "talk.mmchat.damaged").is_symlink()
+    assert link.is_symlink()
+
+
+def test_a_program_may_change_its_folder(
+    setup: Setup, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.ask("Red.", "What?")
+    setup.chat.save(file)
+    monkeypatch.chdir(file.parent)
+    other = Other(setup.store.root)
+    chat = other.load(Path(file.name), autosave=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    say(other, chat, "Blue.", "And?")
+    assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "Blue."]
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_jpegs_are_not_made_of_jpegs(setup: Setup, file: Path, tmp_path: Path) -> None:
+    """However often a conversation is loaded, saved and branched."""
+    setup.ask("Yes.", "What?", images=[photo((300, 200), 9)])
+    setup.chat.save(file, images="jpeg")
+    first = Bundle(file)
+    (name,) = first.pictures
+    for number in range(3):
+        other = Other(tmp_path / "other")
+        chat = other.load(file, autosave=bool(number % 2))
+        branch, copy = chat.branch(), tmp_path / f"copy {number}"
+        branch.autosave(copy, images=chat.saved_form)
+        chat.save(file, images=chat.saved_form)
+        chat.autosave(None)
+        for path in (file, copy):
+            again = Bundle(path)
+            assert again.record.images == first.record.images
+            assert again.picture(name) == first.picture(name)
+
+
+def test_a_card_that_is_pulled_loses_no_answer(setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.chat.autosave(file)
+    stat = os.stat
+
+    def gone(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, Path) and path == file:
+            raise OSError(errno.EIO, "Input/output error")
+        return stat(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", gone)
+        setup.ask("Red.", "What?")
+    assert "cannot be written (Input/output error)" in str(setup.chat.unsaved)
+    setup.ask("Blue.", "And?")
+    assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "Blue."]
+
+
+def test_a_name_that_no_file_can_have(setup: Setup) -> None:
+    for save in (setup.chat.save, setup.chat.autosave, Bundle):
+        with pytest.raises(BundleError, match="no file can have that name"):
+            save("talk\0.mmchat")
+    with pytest.raises(SessionError, match="no file can have that name"):
+        export(setup.chat.saved(), lambda image: b"", Path("talk\0.md"))
+
+
+def test_a_file_that_comes_while_another_is_made_is_not_overwritten(
+    setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        fsync(descriptor)
+        file.write_text("a letter")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", meanwhile)
+        with pytest.raises(BundleError, match="is there already"):
+            setup.chat.autosave(file)
+    assert file.read_text() == "a letter"
+    assert os.listdir(file.parent).count(file.name) == len([n for n in os.listdir(file.parent) if "talk" in n]) == 1
+
+
+def test_a_file_that_may_only_be_read_says_so(setup: Setup, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.chat.save(file)
+
+    def refuse(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")  # not by the mode, for root may write to everything
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BundleError, match=r"cannot be written to \(Permission denied\)"):
+        Bundle(file, write=True)

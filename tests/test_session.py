@@ -534,7 +534,7 @@ class Conversations(RuleBasedStateMachine):
             SPEC, TOKENIZER, self.store, self.setup.vision, self.engine, outlook=self.setup.outlook, **restored.options
         )
         if by != "save":
-            self.chat.resume(bundle, restored)
+            self.chat.resume(bundle)
         assert self.state() == before
         assert (self.chat.notes, self.chat.policy) == ((), Policy())
 
@@ -787,6 +787,11 @@ def test_ctrl_c_before_anything_was_shown_leaves_no_turn(setup: Setup) -> None:
 
 def test_the_recorded_tokens_of_an_abandoned_answer_spell_what_was_shown(setup: Setup) -> None:
     """Text that is held back, for it may begin a stop text, was not shown."""
+    assert setup.says("Red.").chat.ask("What?", stop=None).text == "Red."
+    setup.chat.undo()
+    for stop in (5, [""], ["a", 3]):
+        with pytest.raises(PromptError, match=r"stop is .* it must be texts that are not empty"):
+            setup.chat.ask("What?", stop=stop)
     reply = setup.says("It is red and round.").chat.ask("What?", stop="d and blue")
     for text in reply:
         if "re" in text:

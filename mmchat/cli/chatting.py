@@ -73,11 +73,16 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
 
 def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any], keeping: Keeping) -> None:
     """Many questions, from a terminal or from lines of stdin."""
-    if keeping.pictures not in FORMS:
+    if keeping.pictures not in (None, *FORMS):
         raise UsageError(f"--save-pictures {keeping.pictures}: known are {', '.join(FORMS)}")
     if keeping.resume and (talk.system is not None or talk.max_slices is not None or talk.reference_pixels):
         raise UsageError(
             "--system, --max-slices and --reference-pixels are those of the conversation that --resume names"
+        )
+    if keeping.save and Path(keeping.save).suffix.lower() in SUFFIXES:
+        raise UsageError(
+            f"--save {keeping.save}: what --resume reads is kept there, so it must not end in {', '.join(SUFFIXES)}; "
+            "in the chat, /save writes those"
         )
     attached: list[Path] = [_readable(picture) for picture in pictures]
     with _open(opening) as runtime:
@@ -107,7 +112,8 @@ def _begin(runtime: Runtime, talk: Talk, sampling: dict[str, Any], keeping: Keep
     else:
         session = _session(runtime, talk, sampling)
     if save is not None:
-        session.autosave(save, images=keeping.pictures, embeddings=keeping.embeddings)
+        form = keeping.pictures or session.saved_form
+        session.autosave(save, images=form, embeddings=keeping.embeddings)
     return session
 
 
@@ -277,15 +283,17 @@ class _Repl:
         if not rest:
             raise UsageError("/save needs a file name")
         path = Path(os.path.expanduser(rest))
+        is_own = self._session.saved_to is not None and _same(path, self._session.saved_to)
         if path.suffix.lower() in SUFFIXES:
+            if any(one.saved_to is not None and _same(path, one.saved_to) for one in self._sessions):
+                raise UsageError(f"/save {rest}: the conversation is kept there already; give the page another name")
             read = {image.id: image.original.read for image in self._session.images if image.original}
             for missing in export(self._session.saved(), lambda image: read[image.id](), path):
                 say(missing)
         else:
-            session, form, embeddings = self._session, self._keeping.pictures, self._keeping.embeddings
-            if session.saved_to is not None:
-                form, embeddings = session.saved_form, session.saves_embeddings or embeddings
-            session.save(path, images=form, embeddings=embeddings)
+            session, keeping = self._session, self._keeping
+            form = session.saved_form if is_own else keeping.pictures or session.saved_form
+            session.save(path, images=form, embeddings=keeping.embeddings or session.saves_embeddings)
         say(f"saved {len(self._session.turns)} turn(s) to {rest}")
 
     def _stats(self, rest: str) -> None:
@@ -315,6 +323,10 @@ class _Repl:
     }
 
 
+def _same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def _free_name(path: Path) -> Path:
     """talk.mmchat -> talk-2.mmchat, or the next that is free."""
     stem, number = re.fullmatch(r"(.*?)(?:-(\d{1,6}))?", path.stem, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -337,7 +349,7 @@ def _picture(command: str, text: str) -> str:
 def _picture_or_turn(command: str, text: str) -> str | int:
     if not text:
         raise UsageError(f"{command} needs the name of a picture, such as img2, or the number of a turn")
-    return _number("", text) if text.isdecimal() else text
+    return _number(f"{command} takes the number of a turn", text) if text.isdecimal() else text
 
 
 def _is_file(text: str) -> bool:

@@ -92,11 +92,14 @@ def policy(steps: str | None) -> Policy:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Files of a chat: one to go on with, a new one to save to, how pictures are kept, and whether embeddings are."""
+    """Files of a chat: one to go on with, a new one to save to, how pictures are kept, and whether embeddings are.
+
+    pictures: None is as in the file that is gone on with, else original.
+    """
 
     resume: str | None = None
     save: str | None = None
-    pictures: str = "original"
+    pictures: str | None = None
     embeddings: bool = False
 
 

@@ -32,6 +32,8 @@ def export(file: str, to: str) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--to {to}: the name must end in {', '.join(SUFFIXES)}")
     bundle = Bundle(Path(os.path.expanduser(file)))
+    if os.path.realpath(path) == os.path.realpath(bundle.path):
+        raise UsageError(f"--to {to}: is the conversation itself; give the page another name")
     missing = write_export(bundle.record, lambda image: bundle.picture(image.picture), path)
     for line in missing:
         say(line)
