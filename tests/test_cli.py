@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -443,10 +443,10 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]|\x1b\[?[0-9;?]*$|\r")
 class Terminal:
     """mmchat chat in a pseudo-terminal: what a person types, and what a person sees."""
 
-    def __init__(self, words: Sequence[str | Path], env: dict[str, str]) -> None:
+    def __init__(self, words: Sequence[str | Path], env: dict[str, str], stdout: IO[bytes] | None = None) -> None:
         self._master, slave = pty.openpty()
         self._process = subprocess.Popen(
-            [*MMCHAT, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            [*MMCHAT, *map(str, words)], stdin=slave, stdout=stdout or slave, stderr=slave, start_new_session=True,
             preexec_fn=_controlling_terminal, env={**os.environ, **TERMINAL, **env},
         )  # fmt: skip
         os.close(slave)
@@ -577,6 +577,30 @@ def test_quit_at_a_terminal(terminal: Terminal) -> None:
     terminal.wait_for("Ctrl-C stops an answer")
     assert terminal.leave("/quit\r") == 0
     assert "Traceback" not in terminal.seen
+
+
+def test_at_a_terminal_only_results_go_to_a_file(red: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "out", "wb") as out:
+        terminal = Terminal(["chat", red, "--json"], {"XDG_STATE_HOME": str(tmp_path / "state")}, out)
+    try:
+        terminal.wait_for(">")
+        terminal.type(f"{CIRCLE}\r")
+        terminal.wait_for(CIRCLE)  # who types sees it
+        terminal.wait_for(">", 120)
+        assert terminal.leave("/quit\r") == 0
+    finally:
+        terminal.close()
+    (line,) = (tmp_path / "out").read_text().splitlines()
+    assert "red" in json.loads(line)["text"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_without_room_for_the_history_the_question_is_asked_all_the_same() -> None:
+    from mmchat.cli.editor import _FileHistory
+
+    history = _FileHistory("/dev/full")
+    history.append_string("What is this?")
+    assert history.get_strings() == ["What is this?"]
 
 
 # slices and prompt

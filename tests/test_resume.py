@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +251,53 @@ def test_branches_are_saved_beside(red: Path, tmp_path: Path) -> None:
     asked = [[turn.parts[-1] for turn in file.record.turns] for file in files]
     assert asked == [[CIRCLE, "Thank you."], [CIRCLE, BACKGROUND], [CIRCLE, "Say it again."]]
     assert not any(file.pictures for file in files)
+
+
+def test_a_conversation_is_not_overwritten_by_its_pages(red: Path, tmp_path: Path) -> None:
+    assert "it must not end in .json" in refused("chat", "--save", tmp_path / "talk.json", code=2)
+    file = tmp_path / "talk"
+    page = tmp_path / "talk.html"
+    mmchat_command("chat", red, "--save", file, stdin=CIRCLE)
+    page.symlink_to(file)
+    before = file.read_bytes()
+    assert "is the conversation itself" in refused("session", "export", file, "--to", page, code=2)
+    _, err = mmchat_command("chat", "--resume", file, stdin=f"/save {page}\n/pin 1234567890\n", code=1)
+    assert "the conversation is kept there already" in err
+    assert "/pin takes the number of a turn, not '1234567890'" in err
+    assert file.read_bytes()[: len(before)] == before
+
+
+def test_pictures_may_be_left_out_of_a_copy(red: Path, tmp_path: Path) -> None:
+    file, copy = tmp_path / "talk", tmp_path / "copy"
+    mmchat_command("chat", red, "--save", file, stdin=CIRCLE)
+    mmchat_command("chat", "--resume", file, "--save-pictures", "none", stdin=f"/save {copy}\n")
+    assert (len(Bundle(file).pictures), len(Bundle(copy).pictures)) == (1, 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["session", "show", "FILE"]])
+def test_where_stdout_is_full_that_is_told(saved: Path, words: list[str]) -> None:
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "mmchat", *(str(saved) if word == "FILE" else word for word in words)],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=120,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            )
+        assert done.stderr == "mmchat: writing the result: No space left on device\n"
+        assert done.returncode == 1
+
+
+def test_who_does_not_read_on_is_told_nothing(saved: Path) -> None:
+    show = subprocess.Popen(
+        [sys.executable, "-m", "mmchat", "session", "show", saved], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert show.stdout is not None
+    show.stdout.close()
+    assert show.stderr is not None
+    assert show.stderr.read() == b""
+    assert show.wait(120) == 1
+    show.stderr.close()

@@ -122,8 +122,13 @@ def chat(
         str | None, typer.Option(metavar="FILE", help="Keep the conversation in this new file, after every turn.")
     ] = None,
     save_pictures: Annotated[
-        str, typer.Option(metavar="FORM", help="How --save and /save keep pictures: original, reencoded, jpeg or none.")
-    ] = "original",
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="How --save and /save keep pictures: original, reencoded, jpeg or none. "
+            "[default: as FILE does, else original]",
+        ),
+    ] = None,
     save_embeddings: Annotated[
         bool, typer.Option("--save-embeddings", help="Keep the embeddings too: nothing is encoded again elsewhere.")
     ] = False,
@@ -525,11 +530,19 @@ def export(
 def main() -> None:
     """The mmchat command."""
     _open_standard_files()
+    code: int | str | None = 0
     try:
-        app()
-    except BrokenPipeError:  # the reader of stdout left
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except OSError as error:  # of stdout, else it has been told
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1) from None
+        if not code and not isinstance(error, BrokenPipeError):  # the reader of stdout left
+            options.say(options.describe(error))
+        code = code or 1
+    raise SystemExit(code)
 
 
 def _open_standard_files() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+from mmchat.profile import state_folder
 
 
 class _ChatCompleter(Completer):
@@ -28,6 +31,18 @@ class _ChatCompleter(Completer):
             yield from self._commands.get_completions(document, complete_event)
 
 
+class _FileHistory(FileHistory):
+    """A disk that is full, or read-only by now, costs the history and not the question."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        with contextlib.suppress(OSError):
+            yield from super().load_history_strings()
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
 def editor(help_text: str) -> Callable[[], str]:
     """A function that reads one line.  It raises KeyboardInterrupt (Ctrl-C) and EOFError (Ctrl-D)."""
     keys = KeyBindings()
@@ -42,16 +57,16 @@ def editor(help_text: str) -> Callable[[], str]:
         completer=_ChatCompleter(re.findall(r"^/\w+", help_text, re.MULTILINE)),
         complete_while_typing=False,
         key_bindings=keys,
+        output=create_output(stdout=None if sys.stdout.isatty() else sys.stderr),
     )
     return session.prompt
 
 
 def _history() -> History:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    file = state / "mmchat" / "history"
+    file = state_folder() / "history"
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(file))
+    return _FileHistory(str(file))
