@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -16,6 +17,8 @@ import msgpack
 # A request's largest part is one slice of pixels: a megabyte or two.
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct(">I")
+# At a time: Python makes room for that much first, which for a megabyte takes longer than a token's message.
+_READ_BYTES = 1 << 16
 
 
 class FrameError(Exception):
@@ -44,18 +47,29 @@ class Channel:
         self._socket = sock
         self._poll = select.poll()  # not select(): a host program may have more than 1024 files open
         self._poll.register(sock, select.POLLIN)
+        self._room = select.poll()
+        self._room.register(sock, select.POLLOUT)
         self._buffer = bytearray()
 
     def send(self, message: Any) -> None:
         """Blocks while the peer does not read.  Raises PeerGone, FrameError."""
         self.send_packed(pack(message))
 
-    def send_packed(self, data: bytes) -> None:
-        """Send what pack made.  Raises PeerGone."""
-        try:
-            self._socket.sendall(data)
-        except OSError:
-            raise PeerGone from None
+    def send_packed(self, data: bytes, may_wait: Callable[[], bool] = lambda: True) -> None:
+        """Send what pack made.
+
+        may_wait: asked ten times a second while the peer does not read.  Raises PeerGone; TimeoutError where it says
+        no: then the peer has part of a frame, and the channel is of no use any more.
+        """
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                if not self._room.poll(100) and not may_wait():
+                    raise TimeoutError from None
+            except OSError:
+                raise PeerGone from None
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """The next message.  Raises PeerGone, FrameError, TimeoutError (what has arrived so far is kept)."""
@@ -65,7 +79,7 @@ class Channel:
             if not self._poll.poll(wait):
                 raise TimeoutError
             try:
-                data = self._socket.recv(1 << 20)
+                data = self._socket.recv(_READ_BYTES)
             except OSError:
                 data = b""
             if not data:

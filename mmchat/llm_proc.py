@@ -75,6 +75,10 @@ class LlmClient:
         self.context_rows = context_rows
         self.silence_s: float | None = None  # the longest that the engine may say nothing; None: SILENCE_S
         self._rkllm = rkllm
+        # One answer may take several requests, each of which another thread's would spoil.
+        self._turns = rkllm and (
+            rkllm.npu or Exclusive("the LLM worker is still streaming another answer in this thread")
+        )
         self._config: dict[str, Any] = {
             "folder": str(spec.folder),
             "store": store.to_dict(),
@@ -123,8 +127,7 @@ class LlmClient:
 
         Raises ContextFull where RKLLM crashes on runs of that length; see above.
         """
-        npu = self._rkllm.npu if self._rkllm else None
-        with npu.held(should_stop) if npu else contextlib.nullcontext(True) as is_mine:
+        with self._turns.held(should_stop) if self._turns else contextlib.nullcontext(True) as is_mine:
             if not is_mine:
                 yield _cancelled(pieces, resume_ids)
                 return

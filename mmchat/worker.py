@@ -169,8 +169,7 @@ class Worker:
         self._reap()
 
     def _spawn(self) -> None:
-        if self._closed:
-            raise errors.EngineError(f"the {self.name} worker is closed")
+        self._check_open()
         if self._process is not None and self._process.poll() is None and self._channel is not None:
             return
         self._reap()
@@ -194,13 +193,35 @@ class Worker:
         self._log.clear()
         self._log_reader = threading.Thread(target=self._read_log, args=(process,), daemon=True)
         self._log_reader.start()
+        self._check_open()  # another thread may have closed it meanwhile, and have seen no process yet
         self._send({"module": self._module, "config": self._config})
 
-    def _send(self, message: dict[str, Any] | bytes) -> None:
-        """A peer that is gone is noticed, and explained, by the next receive."""
+    def _check_open(self) -> None:
+        if self._closed:
+            self.kill()
+            self._reap()
+            raise errors.EngineError(f"the {self.name} worker is closed")
+
+    def _send(self, message: dict[str, Any] | bytes, may_wait: Callable[[], bool] | None = None) -> None:
+        """A peer that is gone is noticed, and explained, by the next receive.
+
+        may_wait: asked while the child does not read; where it says no, the child is ended: WorkerTimeout.
+        """
+        deadline = time.monotonic() + CANCEL_GRACE_S
         if self._channel is not None:
-            with contextlib.suppress(PeerGone):
-                self._channel.send_packed(message if isinstance(message, bytes) else pack(message))
+            data = message if isinstance(message, bytes) else pack(message)
+            try:
+                self._channel.send_packed(data, may_wait or (lambda: time.monotonic() < deadline))
+            except PeerGone:
+                pass
+            except TimeoutError:
+                self._time_out("took no message in time")
+
+    def _time_out(self, problem: str) -> NoReturn:
+        """Raises WorkerTimeout; ends the child first."""
+        self.kill()
+        log = self._reap()[1]
+        raise errors.WorkerTimeout(f"the {self.name} worker {problem} and was ended", name=self.name, log=log) from None
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -244,11 +265,7 @@ class Worker:
         except TimeoutError:
             if left_s > _STEP_S:
                 return None
-            self.kill()
-            log = self._reap()[1]
-            raise errors.WorkerTimeout(
-                f"the {self.name} worker was silent for {allowed_s:g} s and was ended", name=self.name, log=log
-            ) from None
+            self._time_out(f"was silent for {allowed_s:g} s")
         except PeerGone:
             if self._closed:
                 raise errors.EngineError(f"the {self.name} worker was closed while it had work to do") from None
@@ -323,7 +340,7 @@ class Call:
                 return
             ended = False
             try:
-                worker._send(request)
+                self._hand_over(request)
                 for message in self._messages():
                     if isinstance(message.get("event"), dict):
                         yield message["event"]
@@ -347,6 +364,20 @@ class Call:
             if message.get("id") == self._id:
                 yield message
 
+    def _hand_over(self, request: bytes) -> None:
+        """Send the request; a cancel meanwhile follows it."""
+        since = time.monotonic()
+        cancelled_at: float | None = None
+
+        def may_wait() -> bool:
+            nonlocal cancelled_at
+            now = time.monotonic()
+            if cancelled_at is None and self._should_stop():
+                cancelled_at = now
+            return now < since + self._silence_s and (cancelled_at is None or now < cancelled_at + CANCEL_GRACE_S)
+
+        self._worker._send(request, may_wait)
+
     def _next(self) -> dict[str, Any]:
         """The next message; waits in short steps, for a cancel starts a clock of its own."""
         silent_since = time.monotonic()
@@ -357,8 +388,12 @@ class Call:
             if self._cancelled_at is not None:
                 allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
             message = self._worker._receive(max(0.0, silent_since + allowed_s - time.monotonic()), allowed_s)
-            if message is not None:
-                return message
+            if message is None:
+                continue
+            is_late = self._cancelled_at is not None and time.monotonic() > self._cancelled_at + CANCEL_GRACE_S
+            if is_late and "event" in message:  # it talks on as if nothing were
+                self._worker._time_out(f"did not stop within {CANCEL_GRACE_S:g} s")
+            return message
 
     def _cancel(self) -> None:
         self._cancelled_at = time.monotonic()

@@ -79,6 +79,13 @@ def do_talk(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any
     yield {"stopped": True}
 
 
+def do_chatter(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
+    """On and on, whatever it is told."""
+    while True:
+        yield {"pid": os.getpid()}
+        time.sleep(0.01)
+
+
 def do_wait(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
     """One event, then silence until it is stopped."""
     yield {"pid": os.getpid()}

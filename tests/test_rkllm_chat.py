@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,23 @@ def test_the_parent_never_loads_the_vendors_library(board: Any, tmp_path: Path) 
 def here() -> dict[str, str]:
     """The environment, with this checkout first for the programs that a test starts."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(mmchat.__file__).parents[1]), *sys.path])}
+
+
+def test_threads_may_ask_with_sampling_of_their_own(board: Any, board_store: Path) -> None:
+    """This library takes it only while it loads; a thread's request must find what was loaded for it."""
+    folder = board("1.2.1-1.2.3")
+    spec = open_model(folder)
+    rkllm = Rkllm(folder / LIBRARY, Profile.open(spec, folder / LIBRARY))
+    with (
+        Runtime(spec, Store(board_store), context_rows=spec.context_rows, n_threads=1, rkllm=rkllm) as runtime,
+        ThreadPoolExecutor(3) as threads,
+    ):
+
+        def ask(temperature: float) -> str:
+            session = runtime.session(sampling={"temperature": temperature, "max_new_tokens": 2, "seed": 1})
+            return [session.ask("Hello.").stop_reason for _ in range(2)][-1]
+
+        assert list(threads.map(ask, (0.5, 0.9, 1.3))) == ["length"] * 3
 
 
 def test_encoder_and_llm_take_turns_on_one_npu(board: Any, board_store: Path) -> None:

@@ -259,8 +259,10 @@ def test_silence_ends_in_a_timeout_and_the_child_is_gone(make: Make) -> None:
 
 
 def test_a_child_that_keeps_talking_does_not_time_out(make: Make) -> None:
+    worker = make()
+    worker.ready()
     stop_at = time.monotonic() + 1.2
-    events = list(make().call({"do": "talk"}, silence_s=0.6, should_stop=lambda: time.monotonic() > stop_at))
+    events = list(worker.call({"do": "talk"}, silence_s=0.6, should_stop=lambda: time.monotonic() > stop_at))
     assert events[-1] == {"stopped": True}
 
 
@@ -340,6 +342,52 @@ def test_a_child_that_ignores_a_cancel_is_killed(make: Make, monkeypatch: pytest
         next(events)
     assert is_gone(pid)
     assert count(worker) == [0, 1]
+
+
+def test_a_child_that_talks_on_after_a_cancel_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.3)
+    worker = make()
+    pid = pid_of(worker)
+    with pytest.raises(WorkerTimeout, match=r"did not stop within 0\.3 s"):
+        list(worker.call({"do": "chatter"}, silence_s=60.0, should_stop=lambda: True))
+    assert is_gone(pid)
+    events: Any = iter(worker.call({"do": "chatter"}, silence_s=60.0))
+    pid = next(events)["pid"]
+    events.close()
+    assert is_gone(pid)
+    assert count(worker) == [0, 1]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_child_that_takes_no_request_is_killed(
+    make: Make, is_cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped, and so the request fills the channel."""
+    monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.3)
+    worker = make()
+    pid = pid_of(worker)
+    os.kill(pid, signal.SIGSTOP)
+    request = {"do": "count", "n": 2, "ballast": bytes(8 << 20)}
+    with pytest.raises(WorkerTimeout, match="took no message in time"):
+        list(worker.call(request, silence_s=60.0 if is_cancelled else 0.5, should_stop=lambda: is_cancelled))
+    assert is_gone(pid)
+    assert count(worker) == [0, 1]
+
+
+def test_closing_while_another_thread_starts_the_child_leaves_none(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, started = make(), []
+
+    class Slow(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self.pid)
+            worker.close()  # as from another thread
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    with pytest.raises(EngineError, match="is closed"):
+        worker.ready()
+    (pid,) = started
+    assert is_gone(pid)
 
 
 def test_leaving_a_child_that_ignores_it_is_quiet_and_kills_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
