@@ -5,7 +5,7 @@ Where the conversation does not fit, it is degraded step by step, the oldest fir
     overview   a picture loses its cells: its source view alone is sent, as the template sends a picture that is not
                cut.  The embedding is the one that the store has already.
     line       a picture becomes a line of text with its id, its size and what the model said of it, where that saves
-               half of its rows or more (a small model's view may be as short as the line)
+               a third of its rows or more (a small model's view may be as short as the line)
     turns      a whole turn is not sent any more
 
 The system prompt, the newest question, pinned turns and pictures stay, and so do turns with a pinned picture.  Nothing
@@ -72,7 +72,8 @@ class Policy:
     recent: float = 0.25
 
     def __post_init__(self) -> None:
-        if len(set(self.steps)) < len(self.steps) or not set(self.steps) <= set(get_args(Step)):
+        known = isinstance(self.steps, (list, tuple)) and all(step in get_args(Step) for step in self.steps)
+        if not known or len(set(self.steps)) < len(self.steps):
             raise SessionError(f'policy is {self.steps!r}; it must be "error" or some of {", ".join(get_args(Step))}')
         for name, value in (("keep", self.keep), ("recent", self.recent)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -88,6 +89,8 @@ class Policy:
             return value
         if value is None:
             return cls()
+        if not isinstance(value, (str, list, tuple)):
+            raise SessionError(f'policy is {value!r}; it must be "error" or some of {", ".join(get_args(Step))}')
         names = value.split(",") if isinstance(value, str) else list(value)
         steps: tuple[Step, ...] = () if names == ["error"] else tuple(str(name).strip() for name in names)  # type: ignore[misc]
         return cls(steps)
@@ -141,7 +144,9 @@ class Conversation:
             if number in marks.dropped:
                 names.update((image.id, image.id) for image in turn.images)
                 continue
-            parts, n_images = _said(turn.parts, marks, names, n_images, _description(turn))
+            is_described = any(marks.form(image) == "described" for image in turn.images)
+            description = _description(turn) if is_described else ""
+            parts, n_images = _said(turn.parts, marks, names, n_images, description)
             messages += [Message("user", parts), Message("assistant", ids=turn.ids)]
         if self.question:
             parts, n_images = _said(self.question, marks, names, n_images, "")
@@ -180,7 +185,7 @@ def _said(
         n_images += is_seen
         names[image.id] = f"image {n_images}" if is_seen else image.id
     said = tuple(
-        Text(_MENTION.sub(lambda found: names.get(found[1], found[0]), part))
+        Text(_MENTION.sub(lambda found: names.get(found[1], found[0]), part) if "@img" in part else part)
         if isinstance(part, str)
         else as_sent(part, marks.form(part), description)
         for part in parts
@@ -279,10 +284,20 @@ def _descend(conversation: Conversation, at: Fitted, counter: Counter, cap: int,
         for step in policy.steps:
             for change in _changes(conversation, at.marks, step, end, counter):
                 marks = _apply(at.marks, change)
-                rows = conversation.rows(marks, counter)
+                rows = _rows_after(conversation, at, change, marks, counter)
                 if rows < at.rows:
                     at = Fitted(marks, (*at.changes, change), rows)
                     yield at
+
+
+def _rows_after(conversation: Conversation, at: Fitted, change: Change, marks: Marks, counter: Counter) -> int:
+    """Without a turn that no other can tell from none: a long conversation loses hundreds of them."""
+    if change.form == "dropped":
+        turn = conversation.turns[int(change.what.removeprefix("turn ")) - 1]
+        if not turn.images and not any(isinstance(part, str) and "@img" in part for part in turn.parts):
+            said = tuple(Text(part) for part in turn.parts if isinstance(part, str))
+            return at.rows - sum(message_rows([Message("user", said), Message("assistant", ids=turn.ids)], counter))
+    return conversation.rows(marks, counter)
 
 
 def _first_recent(conversation: Conversation, marks: Marks, counter: Counter, rows: float) -> int:

@@ -26,9 +26,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, generated: Sequence[
         )
     if sampling.temperature == 0:
         return int(scores.argmax())
-    order = np.argsort(-scores, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
+    order = _best(scores, sampling.top_k)
     with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best impossible
         weights = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
     weights /= weights.sum()
@@ -37,6 +35,15 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, generated: Sequence[
         order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
     draw: Any = np.random.default_rng([sampling.seed or 0, len(generated)])
     return int(order[int(draw.choice(len(order), p=weights))])
+
+
+def _best(scores: NDArray[np.float64], n: int) -> NDArray[np.intp]:
+    """The n best (0: all), the best first; of equals the first ones.  Only these are sorted: there are 150,000."""
+    if not 0 < n < len(scores):
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, -n)[-n]
+    among = np.flatnonzero(scores >= least)
+    return among[np.argsort(-scores[among], kind="stable")][:n]
 
 
 class TextStream:

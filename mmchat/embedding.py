@@ -14,6 +14,7 @@ from mmchat.embed_table import EmbedTable
 from mmchat.engine import ImageRows, Piece, Tokens
 from mmchat.errors import MissingEmbeddings, PromptError
 
+_AT_ONCE = 256  # rows that are compared in C
 RowKey = int | tuple[str, int]  # a token id, or a row of an image embedding
 
 
@@ -36,7 +37,11 @@ def row_keys(pieces: Sequence[Piece]) -> list[RowKey]:
 def common_prefix(a: Sequence[RowKey], b: Sequence[RowKey]) -> int:
     """How many first rows are the same."""
     n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+    for start in range(0, n, _AT_ONCE):
+        end = min(start + _AT_ONCE, n)
+        if a[start:end] != b[start:end]:
+            return next((i for i in range(start, end) if a[i] != b[i]), end)
+    return n
 
 
 def choose_cache(held: Sequence[Sequence[RowKey]], wanted: Sequence[RowKey], n_most: int) -> tuple[int, int, int]:

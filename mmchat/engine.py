@@ -67,8 +67,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        stop: Any = self.stop  # a single text and a list are taken too
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        stop: Any = () if self.stop is None else self.stop  # a single text, a list and None are taken too
+        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, (list, tuple, set, frozenset)) else (stop,))
         checks: list[tuple[str, Any, bool, str]] = [
             ("max_new_tokens", self.max_new_tokens, _is_int(self.max_new_tokens, 1), f"a whole number from 1 {_TO}"),
             ("temperature", self.temperature, _in(self.temperature, 0, 100), "from 0 to 100"),

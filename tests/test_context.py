@@ -433,10 +433,16 @@ def test_policies_as_users_write_them() -> None:
     assert str(Policy.of(Policy(("turns",)))) == "turns"
 
 
-@pytest.mark.parametrize("policy", ["", "cells", "turns,turns", "error,turns", ["drop"], [1]])
+@pytest.mark.parametrize("policy", ["", "cells", "turns,turns", "error,turns", ["drop"], [1], [[1]], 5, {"a": 1}])
 def test_other_policies_are_refused(policy: Any) -> None:
     with pytest.raises(SessionError, match='it must be "error" or some of overview, line, turns'):
         Policy.of(policy)
+
+
+@pytest.mark.parametrize("steps", [None, 5, ("drop",), ([],)])
+def test_steps_are_known_ones(steps: Any) -> None:
+    with pytest.raises(SessionError, match='it must be "error" or some of overview, line, turns'):
+        Policy(steps)
 
 
 @pytest.mark.parametrize("values", [{"keep": 1.5}, {"recent": -0.1}, {"keep": "half"}, {"keep": True}])
