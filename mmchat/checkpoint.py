@@ -11,8 +11,9 @@ import contextlib
 import json
 import mmap
 import os
+import secrets
+import stat
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -257,17 +258,22 @@ def write_raw_tensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ..
 
 
 def write_atomic(path: Path, write: Any) -> None:
-    """Call write(file) on a temporary file beside path, flush it to disk, and move it into place."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Call write(file) on a temporary file beside path, flush it to disk, and move it into place.
+
+    Who may read it: whoever may read the one that is there, else as the user's umask has it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # file systems that refuse it
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -444,8 +444,8 @@ def _with_board(spec: ModelSpec, config: _Json) -> ModelSpec:
         table_path=paths["embed_table"],
         vision_path=paths["vision"],
         vision_mode=str(mode),
-        base_domain=int(llm.values.get("base_domain_id", 1)),
-        stop_ids=frozenset(values.get("stop_ids", ())),
+        base_domain=llm.integer("base_domain_id", 1, low=0),
+        stop_ids=frozenset(config.integers("stop_ids")),
         digests=digests,
         rknn=rknn,
     )
@@ -506,7 +506,7 @@ def _board_file(config: _Json, part: str, name: object, digests: Mapping[str, st
 def _check_size(path: Path, n_bytes: int, config: _Json) -> None:
     try:
         found = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have that name
         parts = [part for part in _HINTS if config.inner(part).values.get("file") == path.name]
         hint = f"; {_HINTS[parts[0]].format(path.name)}" if parts else ""
         if config.inner("vision").values.get("positions") == path.name:
@@ -557,10 +557,17 @@ class _Json:
             raise ModelDirError(f"{self.path}: has no {name!r}; this is not {of}")
         return _Json(self.path, value)
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
         value = self.values.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelDirError(f"{self.path}: {name!r} is {value!r}; a whole number >= 1 is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ModelDirError(f"{self.path}: {name!r} is {value!r}; a whole number >= {low} is needed")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """None where it is not there."""
+        value = self.values.get(name, [])
+        if not isinstance(value, list) or any(type(number) is not int or number < 0 for number in value):
+            raise ModelDirError(f"{self.path}: {name!r} is {value!r}; a list of whole numbers >= 0 is needed")
         return value
 
     def number(self, name: str) -> float:

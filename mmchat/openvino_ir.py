@@ -112,8 +112,9 @@ def open_table(path: Path) -> EmbedTable:
     if gather.get_type_name() != "Gather" or len(gather.input_value(0).get_partial_shape()) != 2:
         raise ModelDirError(f"{path}: not a table of token rows ({gather.get_type_name()})")
     if source.get_type_name() == "Constant" and source.get_element_type() in (ov.Type.f32, ov.Type.f16, ov.Type.bf16):
-        array = source.data
-        return _MappedTable(array if array.dtype in (np.float16, np.float32) else array.view(np.uint16), path, model)
+        # The dtype that OpenVINO gives a bfloat16 array is float16.
+        array = source.data.view(np.uint16) if source.get_element_type() == ov.Type.bf16 else source.data
+        return _MappedTable(array, path, model)
     n_ids, width = (int(size.get_length()) for size in gather.input_value(0).get_partial_shape())
     return _CompiledTable(model, (n_ids, width), path)
 

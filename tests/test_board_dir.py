@@ -186,6 +186,10 @@ def test_what_is_missing_is_named_with_its_cure(folder: Path, name: str, cure: s
         (lambda v: v["vision"].update(mode="round"), "vision.mode is 'round'"),
         (lambda v: v["files"][LLM].update(bytes=3), f"{LLM}: has .* bytes, not 3; copy it again"),
         (lambda v: v["files"].update({LLM: 5}), "'bytes' is None"),
+        (lambda v: v["files"].update({"a\0b": {"bytes": 3}}), "lacks a\0b"),
+        (lambda v: v["llm"].update(base_domain_id="one"), "'base_domain_id' is 'one'; a whole number >= 0 is needed"),
+        (lambda v: v.update(stop_ids=151645), "'stop_ids' is 151645; a list of whole numbers"),
+        (lambda v: v.update(stop_ids=[[1]]), r"'stop_ids' is \[\[1\]\]; a list of whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_named(folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:

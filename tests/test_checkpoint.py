@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,4 +313,16 @@ def test_a_write_replaces_what_was_there(path: Path) -> None:
     write(path, ARRAYS)
     assert list(TensorFile(path).tensors) == list(ARRAYS)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_a_file_is_the_users_to_say(path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write(path, ARRAYS)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+        path.chmod(0o640)
+        write(path, ARRAYS)
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)

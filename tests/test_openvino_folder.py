@@ -249,6 +249,16 @@ def test_rows_that_are_compressed_are_looked_up(tmp_path: Path) -> None:
         table.rows([800])
 
 
+@pytest.mark.parametrize("kind", [ov.Type.f32, ov.Type.f16, ov.Type.bf16])
+def test_a_table_of_floats_is_read_in_its_own_type(tmp_path: Path, kind: ov.Type) -> None:
+    rows = np.array([[1.0, 2.0], [3.0, -0.5]], np.float32)
+    ids = op.parameter(ov.PartialShape([-1, -1]), ov.Type.i64, "input")
+    table = op.convert(op.constant(rows, dtype=kind), "f32")
+    model = ov.Model([op.result(op.gather(table, ids, op.constant(np.array(0, np.int64))))], [ids], "table")
+    ov.save_model(model, tmp_path / "table.xml", compress_to_fp16=False)
+    np.testing.assert_array_equal(open_table(tmp_path / "table.xml").rows([1, 0]), rows[::-1])
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("kind", ["F16", "F32", None])
 def test_matrices_are_mapped_in_the_type_that_was_asked_for(tmp_path: Path, dtype: str, kind: str | None) -> None:

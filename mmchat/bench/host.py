@@ -193,7 +193,10 @@ def _messages(rounds: int) -> list[dict[str, Any]]:
         ours_end.sendall(size.to_bytes(4, "little") + n.to_bytes(4, "little") + bytes(size))
         left = 40 * n
         while left:
-            left -= len(ours_end.recv(1 << 16))
+            data = ours_end.recv(1 << 16)
+            if not data:
+                raise RuntimeError("the process at the other end of the bare socket ended")
+            left -= len(data)
 
     found = []
     try:
