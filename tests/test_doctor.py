@@ -901,4 +901,4 @@ def test_it_is_quick(rk3588: Machine) -> None:
         rk3588.examine("demo")
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert min(seconds() for _ in range(3)) < 5

@@ -399,6 +399,7 @@ def test_the_command(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     assert f"{(checkpoint / SHARD).stat().st_size:,}  {SHARD}" in out
     assert not (tmp_path / "m").exists()
     out, err = command(hub, "--to", tmp_path / "m", HF_TOKEN=TOKEN)
+    assert len(out.splitlines()) == 7
     for line in out.splitlines():
         digest, path = line.split("  ")
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest

@@ -318,7 +318,7 @@ def hunted(
     *,
     openings: Any = (),
     lengths: Any = (),
-    minutes: float = 0.1,
+    minutes: float = 2,
 ) -> hunt.Outcome:
     """The search with a verdict by looking at the talk; nothing is played."""
 

@@ -357,7 +357,7 @@ def test_the_librarys_own_seconds_are_told_where_they_can_be_true(load: Any, sto
     kit = Kit(never, TOKENIZER, store, TABLE.width)  # type: ignore[arg-type]
     monkeypatch.setenv("RKLLM_STANDIN_PREFILL_MS", "2")
     done = run(load("1.2.1-1.2.3"), [kit.words(50)]).done
-    assert 0.1 <= done.prefill_s < 1.0
+    assert 0.1 <= done.prefill_s < 60  # not milliseconds
     assert _believable(Perf(50, 0.5, 1.0), (0.6, 1.1)) == (0.5, 1.0)
     for told in (Perf(50, 0.0, 0.0), Perf(50, -1.0, 2.0), Perf(50, 9.0, 1.0), Perf(50, float("nan"), 1.0)):
         assert _believable(told, (0.6, 1.1)) == (0.6, 1.1)

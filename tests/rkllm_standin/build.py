@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,8 @@ SOURCE = Path(__file__).with_name("standin.c")
 INCLUDE = Path(__file__).with_name("include")
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
 _LIBRARIES = ("-Wl,--no-undefined", "-lm", "-lpthread")
+
+_UNUSED_S = 3 * 86400.0  # then what was made of older sources is removed
 
 # What the KV cache does with embedding input, as far as it is documented or was reported.
 _KV_RULE = {
@@ -63,15 +67,21 @@ def compile_library(command: list[str], sources: list[Path], name: str) -> Path:
 def demo_model() -> Path:
     """The demo model as the stand-in's file."""
     parts = [Path(write_rkllm_standin_model.__file__), *sorted(open_model(DEMO).folder.iterdir())]
-    stamp = "".join(f"{part} {part.stat().st_size} {part.stat().st_mtime_ns}\n" for part in parts)
+    stamp = "".join(f"{part.name} {hashlib.sha256(part.read_bytes()).hexdigest()}\n" for part in parts)
     return _once(stamp.encode(), "demo.rkllm", lambda made: write_rkllm_standin_model.write_model(DEMO, made))
 
 
 def _once(key: bytes, name: str, make: Callable[[Path], object]) -> Path:
     """The file that make(path) writes; made unless it was under the same key before."""
     folder = Path(tempfile.gettempdir()) / f"mmchat-standin-{os.getuid()}" / hashlib.sha256(key).hexdigest()[:24]
-    if not (folder / name).exists():
+    if (folder / name).exists():
+        os.utime(folder)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another run removes it, too
+                if other.stat().st_mtime < time.time() - _UNUSED_S:
+                    shutil.rmtree(other, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             make(Path(work) / name)
             (Path(work) / name).replace(folder / name)
