@@ -151,7 +151,7 @@ def rephrased(rt: mmchat.Runtime, per_rephrasing: int, seed: int) -> Iterator[An
 
 
 def plain(rt: mmchat.Runtime) -> Iterator[Answer]:
-    """One large shape in the middle, pure colours, common sizes; three questions each."""
+    """One large shape in the middle, pure colours, common sizes; four questions each."""
     rng = Random("plain")
     sizes = ((200, 200), (224, 224), (300, 200), (400, 300), (640, 480), (256, 256), (512, 512), (100, 100))
     for kind in SHAPES:

@@ -17,7 +17,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(asked)} turns, {len(pictures)} pictures ({time.monotonic() - began:.0f} s)", flush=True)
         figures = tabulate(asked, options.context)
         print("\n".join(describe(figures)), flush=True)
-        fresh = [ask_afresh(rt, pictures, turn) for turn in asked]
+        fresh = [ask_afresh(rt, pictures, turn, max_new_tokens=options.max_new_tokens) for turn in asked]
     figures["answers"] = compare(asked, fresh)
     for form, found in figures["answers"].items():
         print(
@@ -140,10 +139,10 @@ def converse(
         reply = chat.ask(text, [pictures[about].file] if is_new else [], temperature=0.0, max_new_tokens=max_new_tokens)
         got, usage = reply.text, reply.usage
         sent = {image.id: image.form for image in reply.plan.images}
-        told = Counter(change.form for change in reply.degraded)
+        told = {change.what for change in reply.degraded}
         after = chat.marks
         changed = {name for name, kind in after.forms.items() if before.forms.get(name) != kind}
-        n_changed = len(changed) + len(after.dropped - before.dropped)
+        changed |= {f"turn {turn}" for turn in after.dropped - before.dropped}
         asked.append(
             Asked(
                 text,
@@ -156,7 +155,7 @@ def converse(
                 usage,
                 len(reply.degraded),
                 is_over=usage.n_prompt + max(usage.n_new, max_new_tokens) > rt.context_rows,
-                is_untold=n_changed > told.total(),
+                is_untold=not changed <= told,
                 memory=_memory(rt),
             )
         )
@@ -169,11 +168,11 @@ def _invent(rng: Random, file: Path) -> Shown:
     return Shown(scene, file)
 
 
-def ask_afresh(rt: mmchat.Runtime, pictures: Sequence[Shown], turn: Asked) -> str:
+def ask_afresh(rt: mmchat.Runtime, pictures: Sequence[Shown], turn: Asked, *, max_new_tokens: int) -> str:
     """The same question about the same picture, in the same form, as the first of a conversation."""
     chat = rt.session(max_slice_nums=1 if turn.form == "overview" else None)
     text = turn.text.replace(f"@img{turn.about + 1}", "@img1")
-    return chat.ask(text, [pictures[turn.about].file], temperature=0.0, max_new_tokens=64).text
+    return chat.ask(text, [pictures[turn.about].file], temperature=0.0, max_new_tokens=max_new_tokens).text
 
 
 def tabulate(asked: Sequence[Asked], context_rows: int) -> dict[str, Any]:

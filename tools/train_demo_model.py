@@ -5,13 +5,13 @@
 
 Three stages, each with its own warm-up and a long decay of the learning rate (the decay is where most is gained):
 vision: tower and resampler learn dense labels through throw-away heads, without a language model;
-joint: everything, on short dialogues, the labels still helping a little;
+joint: everything, on dialogues of all lengths, the labels still helping a little;
 llm: the language model alone, on long dialogues over the cached rows of thousands of pictures, with dense labels too.
 
 OUT/model is the shipped folder (the running average of the weights, float16), written every few minutes and at
 the end; OUT/model-float32 is the same before rounding (tools.same_answers compares them).  OUT/checkpoint.pt holds all
 that `--resume` needs; a killed run is continued with the same command and `--resume`.
-The clock of a stage counts training time only.
+The clock of a stage counts saving, but not judging and not what comes before the first batch.
 
 Of two runs with other seeds, one per CPU core, each can go on from the mean of both at every save (--beside).  On
 held-out views, after 32 minutes, .88 of the shapes and .84 of the texts were right in each, and .90 and .88 in their
@@ -99,7 +99,10 @@ _DEFAULTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.init_vision or options.init_heads) and not options.init:
+        parser.error("--init-vision and --init-heads come on top of --init")
     torch.manual_seed(options.seed)
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
@@ -186,7 +189,7 @@ class Trainer:
         while self.stage_s < total_s:
             part = self.stage_s / total_s
             rate = min(1.0, part / plan.warm + 0.02) * min(1.0, max(0.01, (1 - part) / plan.decay))
-            if self.stage_s - start_s < 15:  # optimisers begin anew after a restart
+            if self.stage_s - start_s < 15:  # gently after a restart, too
                 rate *= 0.1 + 0.06 * (self.stage_s - start_s)
             loss, figures, n = next(losses)
             if step == 0:
@@ -357,13 +360,16 @@ class Trainer:
         for step in itertools.count():
             if step % _POOL_STEPS == 0 and reads:
                 pool, rows = torch.load(kept, weights_only=False)  # scenes are pickled: files of one's own only
-                batches = _loader(CachedData(tokenizer_file, pool, plan.batch, seed + step))
+                batches = _loader(CachedData(tokenizer_file, list(pool), plan.batch, seed + step))
                 print(f"pool: {len(pool)} pictures", flush=True)
+                reads = not self.options.resume  # by a run that was killed it may be half full
             elif step % _POOL_STEPS == 0 and len(pool) < self.options.pool:
                 self._fill_pool(pool, rows, filling, min(len(pool) + self.options.pool // 4, self.options.pool))
                 batches = _loader(CachedData(tokenizer_file, list(pool), plan.batch, seed + step))
                 if kept is not None:
-                    torch.save((pool, rows), kept)
+                    unfinished = kept.with_name(f"{kept.name}.part")
+                    torch.save((pool, rows), unfinished)
+                    unfinished.replace(kept)
             batch = next(batches)
             shown = [rows[k] if k >= 0 else rows[~k][:QUERY_NUM] for pictures in batch.pictures for k in pictures]
             cached = torch.cat(shown).to(self.device, self.dtype) if shown else None
@@ -619,7 +625,7 @@ def _plans(options: argparse.Namespace) -> list[StagePlan]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train the demo model.")
-    parser.add_argument("out", help="folder for the model, the checkpoint and the log")
+    parser.add_argument("out", help="folder for the model and the checkpoint")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, split over the stages")
     parser.add_argument("--stages", default="", help="name:minutes[:peak learning rate],... instead of --minutes")
     parser.add_argument("--init", default="", help="demo model folder to start from")
