@@ -14,7 +14,7 @@ import pytest
 from mmchat import worker
 from mmchat.errors import EngineBusy, ModelDirError
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.profile import Profile
+from mmchat.profile import Profile, state_folder
 from mmchat.rkllm_embed import Findings
 from mmchat.worker import Exclusive, Worker
 from tests.fakes import eventually
@@ -158,3 +158,12 @@ def test_the_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert path.with_name("rkllm.log.1").stat().st_size < 1100
     assert Worker("tests.children", {}, name="test", log_file=path)._log_file == path
     worker._append(tmp_path / "state" / "rkllm.log" / "impossible", "lost")
+
+
+def test_a_user_without_a_home_has_a_temporary_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert state_folder().name == f"mmchat-{os.getuid()}"

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 import mmchat.store
 from mmchat.errors import StoreError
-from mmchat.store import Store, StoreInfo, Verified, default_cap, open_store, slice_key, spare_folder
+from mmchat.store import (
+    Store,
+    StoreInfo,
+    Verified,
+    default_cap,
+    default_folders,
+    open_store,
+    slice_key,
+    spare_folder,
+)
 from tests.test_cli import run_here
 
 HEADER_BYTES = 64
@@ -770,3 +779,21 @@ def test_verify_fails_where_a_damaged_file_cannot_be_removed(store: Store, monke
     monkeypatch.setattr(Store, "_discard", lambda self, path: None)
     assert store.verify() == Verified(0, 0, 1)
     assert run_here("store", "verify", "--store", store.root)[0] == 1
+
+
+def test_a_system_without_a_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full, or read-only: Python finds out by writing a file."""
+
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    store = open_store(tmp_path / "store", 1 << 20, {})
+    assert store.problem == ""
+    assert default_folders({"HOME": str(tmp_path)})[-1] == Path(f"/tmp/mmchat-{os.getuid()}/embeddings")
+
+
+def test_a_user_without_a_home_has_a_temporary_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither $HOME nor the system says
+    assert [folder.is_absolute() for folder in default_folders({})] == [True]
+    assert default_folders({"XDG_CACHE_HOME": "/cache"})[0] == Path("/cache/mmchat/embeddings")
