@@ -23,6 +23,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -89,18 +90,29 @@ class OpenedImage:
             raise ImageError(
                 f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of {max_pixels:,}; not decoded"
             )
+        self._size = width, height
         self._damage: ImageError | None = None
-        if not reference and image.format == "PNG" and "exif" not in image.info:
-            # Pillow looks for it behind the pixels, too; what is damaged there is not the EXIF.
-            try:
-                with _damage_told(name):
+
+    @property
+    def size(self) -> Size:
+        """As the picture will stand.  A PNG is decoded for it: what says how it stands may come after the pixels."""
+        return self._size[::-1] if self._turned else self._size
+
+    @cached_property
+    def _turned(self) -> bool:
+        """By 90 degrees, one way or the other."""
+        image = self._image
+        if self._reference:
+            return False
+        if image.format == "PNG" and "exif" not in image.info:
+            try:  # before Pillow does it for the EXIF: what is damaged here is more than that
+                with _damage_told(self._name):
                     image.load()
             except ImageError as error:
                 self._damage = error
-        # By 90 degrees, one way or the other.  Some versions of Pillow tell a TIFF's size as it will stand.
-        sideways = not reference and not self._damage and _orientation(image) >= 5
-        self._turned = sideways and (image.format != "TIFF" or image.size == _stored_size(image))
-        self.size: Size = (height, width) if self._turned else (width, height)
+                return False
+        # Some versions of Pillow tell a TIFF's size as it will stand.
+        return _orientation(image) >= 5 and (image.format != "TIFF" or image.size == _stored_size(image))
 
     @property
     def format(self) -> str:
@@ -118,12 +130,12 @@ class OpenedImage:
         """
         from PIL.Image import Transpose
 
-        image = self._image
+        image, turned = self._image, self._turned
         if self._damage is not None:
             raise self._damage
         with _damage_told(self._name):
             if at_least is not None and self._may_draft:
-                width, height = at_least[::-1] if self._turned else at_least
+                width, height = at_least[::-1] if turned else at_least
                 image.draft(None, (min(image.width, 2 * width), min(image.height, 2 * height)))
             image.load()
             if self._reference:

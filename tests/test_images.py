@@ -511,6 +511,17 @@ def test_half_a_file_is_refused(kind: str) -> None:
         read_image(data[: len(data) // 2])
 
 
+def test_opening_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is opened once to see what it is, and once more to be read."""
+    from PIL import ImageFile
+
+    pictures = [encoded(gradient(30, 20), kind) for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP")]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    for data in pictures:
+        with open_image(data):
+            pass
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_a_png_that_is_damaged_within_is_refused(part: float) -> None:
     rng = np.random.default_rng(1)
