@@ -456,13 +456,13 @@ class Journal:
         """
         if not self._file.is_in_place():
             try:
-                is_taken = self.path.exists()
+                os.stat(self.path)
+            except FileNotFoundError:
+                self.rewrite(record, picture, rows)
+                return
             except OSError as error:
                 raise _unwritable(self.path, error) from None
-            if is_taken:
-                raise BundleError(f"{self.path}: was replaced by another program; save the conversation elsewhere")
-            self.rewrite(record, picture, rows)
-            return
+            raise BundleError(f"{self.path}: was replaced by another program; save the conversation elsewhere")
         pictures, keys = set(self._pictures), set(self._keys)
         try:
             self._file.append(_added(record, self._record, pictures, keys, picture, rows))

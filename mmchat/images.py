@@ -61,7 +61,18 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, TypeError, MemoryError)
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    KeyError,
+    IndexError,
+    TypeError,
+    MemoryError,
+    AssertionError,
+)
 
 
 class OpenedImage:
@@ -107,7 +118,10 @@ class OpenedImage:
         if image.format == "PNG" and "exif" not in image.info:
             try:  # before Pillow does it for the EXIF: what is damaged here is more than that
                 with _damage_told(self._name):
-                    image.load()
+                    try:
+                        image.load()
+                    except ValueError:  # a text or the like behind the pixels; if it is they, read() comes upon it
+                        pass
             except ImageError as error:
                 self._damage = error
                 return False

@@ -8,11 +8,15 @@ $XDG_STATE_HOME/mmchat/profiles (~/.local/state/mmchat/profiles).  Whoever wants
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import stat
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -118,7 +122,20 @@ def state_folder() -> Path:
     try:
         return Path.home() / ".local" / "state" / "mmchat"
     except RuntimeError:  # a user without a home, as containers have them
-        return temporary_folder() / f"mmchat-{os.getuid()}"
+        return _temporary_state()
+
+
+@lru_cache(maxsize=1)
+def _temporary_state() -> Path:
+    """A folder of the user's own, where anybody may make one of that name."""
+    folder = temporary_folder() / f"mmchat-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            return folder
+        return Path(tempfile.mkdtemp(prefix="mmchat-"))
+    return Path(os.devnull) / "mmchat"  # where nothing can be written, which whoever tries is prepared for
 
 
 def _read(path: Path) -> dict[str, Any]:

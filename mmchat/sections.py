@@ -339,6 +339,14 @@ def _cannot(verb: str, error: OSError) -> str:
     return f"cannot be {verb} ({error.strerror or error})"
 
 
+def same_place(a: str | Path, b: str | Path) -> bool:
+    """Whether two names lead to one file, which need not be there."""
+    try:
+        return os.path.realpath(a) == os.path.realpath(b)
+    except ValueError:  # no file can have that name
+        return False
+
+
 def _give_name(temporary: Path, path: Path, overwrite: bool) -> None:
     """Raises BundleError: somebody has made a file there meanwhile (overwrite=False); OSError."""
     if not overwrite:

@@ -41,6 +41,7 @@ from mmchat.model_dir import ModelSpec
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Message, Prompt, RowCounter, Text, render
 from mmchat.record import ImageHandle, Marks, Original, Turn, Usage, images_in
 from mmchat.saving import Keeper, cut_again, keep, saved_model, saved_state
+from mmchat.sections import same_place
 from mmchat.slicing import SlicePlan, slice_image
 from mmchat.store import Store, slice_key
 
@@ -294,7 +295,7 @@ class Session:
         """
         keeper = self._keeper_of(images, embeddings)
         record = self._saved(keeper)
-        if self.saved_to is not None and os.path.realpath(self.saved_to) == os.path.realpath(path):
+        if self.saved_to is not None and same_place(self.saved_to, path):
             with self.claim("saving"):
                 assert self._journal is not None
                 self._journal.rewrite(record, keeper.picture, keeper.rows)

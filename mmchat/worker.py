@@ -320,6 +320,7 @@ class Call:
         self._silence_s, self._should_stop = silence_s, should_stop
         self._id = 0
         self._cancelled_at: float | None = None
+        self._waited_s = 0.0  # for the child, since then: not what the reader took
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises what the handler raised, WorkerDied, WorkerTimeout, EngineBusy.
@@ -387,11 +388,13 @@ class Call:
             allowed_s = self._silence_s
             if self._cancelled_at is not None:
                 allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
-            message = self._worker._receive(max(0.0, silent_since + allowed_s - time.monotonic()), allowed_s)
+            before = time.monotonic()
+            message = self._worker._receive(max(0.0, silent_since + allowed_s - before), allowed_s)
+            if self._cancelled_at is not None:
+                self._waited_s += time.monotonic() - before
             if message is None:
                 continue
-            is_late = self._cancelled_at is not None and time.monotonic() > self._cancelled_at + CANCEL_GRACE_S
-            if is_late and "event" in message:  # it talks on as if nothing were
+            if self._waited_s > CANCEL_GRACE_S and "event" in message:  # it talks on as if nothing were
                 self._worker._time_out(f"did not stop within {CANCEL_GRACE_S:g} s")
             return message
 

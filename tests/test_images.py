@@ -511,6 +511,15 @@ def test_half_a_file_is_refused(kind: str) -> None:
         read_image(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("kind", [b"zTXt", b"pHYs"])
+def test_what_is_odd_behind_the_pixels_is_no_damage(kind: bytes) -> None:
+    """A workflow of megabytes, say, or half a resolution."""
+    body = b"workflow\0\0" + zlib.compress(bytes(2 << 20)) if kind == b"zTXt" else b"\0"
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    data = encoded(gradient(40, 30))
+    assert pixels(data[:-12] + chunk + data[-12:]) == pixels(data)
+
+
 def test_opening_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path is opened once to see what it is, and once more to be read."""
     from PIL import ImageFile

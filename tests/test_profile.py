@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from mmchat import worker
 from mmchat.errors import EngineBusy, ModelDirError
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.profile import Profile, state_folder
+from mmchat.profile import Profile, _temporary_state, state_folder
 from mmchat.rkllm_embed import Findings
 from mmchat.worker import Exclusive, Worker
 from tests.fakes import eventually
@@ -160,10 +161,19 @@ def test_the_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     worker._append(tmp_path / "state" / "rkllm.log" / "impossible", "lost")
 
 
-def test_a_user_without_a_home_has_a_temporary_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_a_temporary_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    assert state_folder().name == f"mmchat-{os.getuid()}"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _temporary_state.cache_clear()
+    assert state_folder() == tmp_path / f"mmchat-{os.getuid()}"
+    assert state_folder().stat().st_mode & 0o777 == 0o700
+    state_folder().rmdir()
+    (tmp_path / f"mmchat-{os.getuid()}").symlink_to(tmp_path)  # somebody else's trap
+    _temporary_state.cache_clear()
+    assert state_folder().parent == tmp_path
+    assert not state_folder().is_symlink()
+    _temporary_state.cache_clear()

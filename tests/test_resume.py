@@ -261,7 +261,8 @@ def test_a_conversation_is_not_overwritten_by_its_pages(red: Path, tmp_path: Pat
     page.symlink_to(file)
     before = file.read_bytes()
     assert "is the conversation itself" in refused("session", "export", file, "--to", page, code=2)
-    _, err = mmchat_command("chat", "--resume", file, stdin=f"/save {page}\n/pin 1234567890\n", code=1)
+    _, err = mmchat_command("chat", "--resume", file, stdin=f"/save {page}\n/pin 1234567890\n/save a\0b\n", code=1)
+    assert err.endswith("b: no file can have that name\n")
     assert "the conversation is kept there already" in err
     assert "/pin takes the number of a turn, not '1234567890'" in err
     assert file.read_bytes()[: len(before)] == before

@@ -1218,8 +1218,11 @@ def test_a_card_that_is_pulled_loses_no_answer(setup: Setup, file: Path, monkeyp
     assert [turn.text for turn in Bundle(file).record.turns] == ["Red.", "Blue."]
 
 
-def test_a_name_that_no_file_can_have(setup: Setup) -> None:
-    for save in (setup.chat.save, setup.chat.autosave, Bundle):
+def test_a_name_that_no_file_can_have(setup: Setup, file: Path) -> None:
+    with pytest.raises(BundleError, match="no file can have that name"):
+        setup.chat.autosave("talk\0.mmchat")
+    setup.chat.autosave(file)
+    for save in (setup.chat.save, Bundle):
         with pytest.raises(BundleError, match="no file can have that name"):
             save("talk\0.mmchat")
     with pytest.raises(SessionError, match="no file can have that name"):

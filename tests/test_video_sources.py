@@ -112,6 +112,35 @@ def test_a_picture_that_is_only_opened_is_decoded_when_it_is_read(tmp_path: Path
         frames[1].read()
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_damaged_animations_are_told_and_end_nothing(kind: str) -> None:
+    pages = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 80, 3), np.uint8)) for i in range(3)]
+    file = io.BytesIO()
+    pages[0].save(file, kind, save_all=True, append_images=pages[1:])
+    data = bytearray(file.getvalue())
+    data[2000:2040] = bytes(40)
+    cut = file.getvalue()[: len(data) // 3 * 2]
+    for source in (bytes(data), cut):
+        try:
+            picture = Image.open(io.BytesIO(source))
+        except OSError:
+            continue
+        frames, _ = frames_of(Arrays([picture, colour("red")]))
+        assert near(frames[1].read(), (5, 5)) == "red"
+        if source is not cut:
+            with pytest.raises(ImageError, match="truncated or damaged"):
+                frames[0].read()
+
+
+def test_the_format_of_a_picture_is_not_lost_on_the_way(tmp_path: Path) -> None:
+    """Of a 16-bit PGM PIL makes the same as of a 32-bit picture, and only its format tells."""
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">HH", 0, 200))
+    with Image.open(tmp_path / "a.pgm") as picture:
+        picture.load()
+        frames, _ = frames_of(Arrays([picture]))
+        assert np.asarray(frames[0].read())[0, :, 0].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [

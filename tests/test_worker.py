@@ -358,6 +358,17 @@ def test_a_child_that_talks_on_after_a_cancel_is_killed(make: Make, monkeypatch:
     assert count(worker) == [0, 1]
 
 
+def test_who_reads_slowly_after_a_cancel_gets_all_that_was_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.2)
+    worker = make()
+    worker.ready()
+    seen: list[dict[str, Any]] = []
+    for event in worker.call({"do": "count", "n": 20}, silence_s=60.0, should_stop=lambda: bool(seen)):
+        seen.append(event)
+        time.sleep(0.05)
+    assert len(seen) == 20
+
+
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_a_child_that_takes_no_request_is_killed(
     make: Make, is_cancelled: bool, monkeypatch: pytest.MonkeyPatch

@@ -541,6 +541,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not code and not isinstance(error, BrokenPipeError):  # the reader of stdout left
             options.say(options.describe(error))
+        if options.debug and not code and not isinstance(error, BrokenPipeError):
+            raise
         code = code or 1
     raise SystemExit(code)
 

@@ -24,6 +24,7 @@ from mmchat.images import SUFFIXES as PICTURE_SUFFIXES
 from mmchat.images import open_image
 from mmchat.runtime import Runtime
 from mmchat.saving import FORMS
+from mmchat.sections import same_place
 from mmchat.session import Reply, Session
 from mmchat.transcript import SUFFIXES, export
 
@@ -113,6 +114,8 @@ def _begin(runtime: Runtime, talk: Talk, sampling: dict[str, Any], keeping: Keep
         session = _session(runtime, talk, sampling)
     if save is not None:
         form = keeping.pictures or session.saved_form
+        if keeping.pictures is None and keeping.embeddings and form == "jpeg":
+            form = "original"  # which here are JPEGs, too
         session.autosave(save, images=form, embeddings=keeping.embeddings)
     return session
 
@@ -283,9 +286,9 @@ class _Repl:
         if not rest:
             raise UsageError("/save needs a file name")
         path = Path(os.path.expanduser(rest))
-        is_own = self._session.saved_to is not None and _same(path, self._session.saved_to)
+        is_own = self._session.saved_to is not None and same_place(path, self._session.saved_to)
         if path.suffix.lower() in SUFFIXES:
-            if any(one.saved_to is not None and _same(path, one.saved_to) for one in self._sessions):
+            if any(one.saved_to is not None and same_place(path, one.saved_to) for one in self._sessions):
                 raise UsageError(f"/save {rest}: the conversation is kept there already; give the page another name")
             read = {image.id: image.original.read for image in self._session.images if image.original}
             for missing in export(self._session.saved(), lambda image: read[image.id](), path):
@@ -321,10 +324,6 @@ class _Repl:
         "/stats": _stats,
         "/help": _help,
     }
-
-
-def _same(path: Path, other: Path) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _free_name(path: Path) -> Path:

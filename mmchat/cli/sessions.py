@@ -14,6 +14,7 @@ from mmchat.cli.options import UsageError, say
 from mmchat.errors import SessionError
 from mmchat.record import Marks
 from mmchat.saving import marks_of
+from mmchat.sections import same_place
 from mmchat.transcript import SUFFIXES, caption, transcript
 from mmchat.transcript import export as write_export
 
@@ -32,7 +33,7 @@ def export(file: str, to: str) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--to {to}: the name must end in {', '.join(SUFFIXES)}")
     bundle = Bundle(Path(os.path.expanduser(file)))
-    if os.path.realpath(path) == os.path.realpath(bundle.path):
+    if same_place(path, bundle.path):
         raise UsageError(f"--to {to}: is the conversation itself; give the page another name")
     missing = write_export(bundle.record, lambda image: bundle.picture(image.picture), path)
     for line in missing:

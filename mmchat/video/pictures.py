@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmchat.errors import VideoError
+from mmchat.errors import ImageError, VideoError
 from mmchat.images import SUFFIXES, read_image
 from mmchat.video.values import Frame, Notice
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mmchat.images import ImageSource
 
 
@@ -71,7 +72,7 @@ class Arrays:
             if stop.is_set():
                 return
             seconds, picture = _timed(item, number * self._shown)
-            read = partial(read_image, _own(picture))
+            read = _reader(picture)
             if self.live:
                 yield Frame(number, time.monotonic() - began, 0.0, read, at=time.time())
             else:
@@ -84,19 +85,37 @@ def _timed(item: Any, seconds: float) -> tuple[float, ImageSource]:
     return seconds, item
 
 
-def _own(picture: Any) -> Any:
-    """It is read later, when its owner may have the next picture in the same place: that is copied now.
+def _reader(picture: Any) -> Callable[[], Image]:
+    """Reads it later, when its owner may have the next picture in the same place: so that is copied or read now.
 
     Not so a picture file that PIL has only opened: it stays what it is, and is decoded if it is wanted.
     """
     from PIL.Image import Image
 
     if isinstance(picture, (np.ndarray, bytearray)):
-        return picture.copy()
-    if isinstance(picture, Image) and (not getattr(picture, "tile", None) or getattr(picture, "is_animated", False)):
-        with contextlib.suppress(Exception):  # damaged: whoever reads it is told
-            return picture.copy()
-    return picture
+        picture = picture.copy()
+    elif isinstance(picture, Image) and _may_change(picture):
+        try:
+            image = read_image(picture)
+        except ImageError as error:
+            return partial(_refuse, error)
+        return partial(_give, image.copy() if image is picture else image)
+    return partial(read_image, picture)
+
+
+def _may_change(picture: Image) -> bool:
+    try:
+        return not getattr(picture, "tile", None) or bool(getattr(picture, "is_animated", False))
+    except Exception:  # damaged behind the first frame, which is what there is then
+        return False
+
+
+def _give(image: Image) -> Image:
+    return image
+
+
+def _refuse(error: ImageError) -> Image:
+    raise error
 
 
 def _as_people_count(path: Path) -> list[tuple[int, int, str]]:
