@@ -33,8 +33,9 @@ from mmchat.profile import Profile
 from mmchat.store import Store
 from mmchat.worker import Exclusive, Worker
 
-# A prefill chunk of the 8B model on a slow board takes tens of seconds; a token, under one.
-SILENCE_S = 300.0
+# A prefill chunk of the 8B model on a slow board takes tens of seconds; a token, under one.  RKLLM prefills whole
+# prompts in one run: of the published figures the lowest is 43 rows per second.
+SILENCE_S, SLOWEST_ROWS_PER_S = 300.0, 10.0
 # A run of fewer rows does not crash for its length; the ladder of calibration begins here.
 _ALWAYS_SAFE_ROWS = 64
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}  # not SIGKILL: that is somebody else, or no memory
@@ -141,10 +142,9 @@ class LlmClient:
         while True:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
+            silence_s = self.silence_s or max(SILENCE_S, sum(piece.n_rows for piece in pieces) / SLOWEST_ROWS_PER_S)
             try:
-                for message in self.worker.call(
-                    request, silence_s=self.silence_s or SILENCE_S, should_stop=should_stop
-                ):
+                for message in self.worker.call(request, silence_s=silence_s, should_stop=should_stop):
                     event = _event_from_wire(message)
                     if n_rows_run and not (isinstance(event, Prefill) and event.done == 0):
                         if not (isinstance(event, Done) and event.reason == "cancelled"):  # it may not have run at all

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmchat.errors import EngineError
+from mmchat.llm_proc import SILENCE_S, SLOWEST_ROWS_PER_S
 from mmchat.model_dir import ModelSpec
 from mmchat.profile import Profile
 from mmchat.prompt import ChatTokenizer, Message, Text, render
@@ -18,7 +19,6 @@ from mmchat.worker import Worker
 Rows = list[Any]  # token ids, ("image", seed, number of rows), and for an engine (store key, number of rows)
 Say = Callable[[str, float], None]  # what is being done, and which part of the probe is done, 0 to 1
 
-SILENCE_S = 300.0
 TRIALS = 4
 ANSWER_TOKENS = 40
 EQUAL_TOKENS = 8  # answers are compared so far: later ones differ where sums are taken in another order
@@ -83,6 +83,7 @@ class Runs:
         return random.Random(n_rows).choices(range(256), k=n_rows)
 
     def _call(self, request: dict[str, Any]) -> dict[str, Any]:
-        for event in self.worker.call(request, silence_s=SILENCE_S):
+        n_rows = sum(row[-1] if isinstance(row, (list, tuple)) else 1 for row in request["rows"])
+        for event in self.worker.call(request, silence_s=max(SILENCE_S, n_rows / SLOWEST_ROWS_PER_S)):
             return event
         raise EngineError("the run told nothing")

@@ -10,6 +10,10 @@ from mmchat.errors import EngineError
 from mmchat.prompt import ChatTokenizer
 from mmchat.rkllm_model import SEE_LOG, Generated, Returned
 
+# Of the tokens that a library may hold back until a character is whole; the longest of Qwen2's that end within one
+# have some ten.
+_TOLD_BYTES = 64
+
 
 class Answer:
     """What was generated, what of it is shown, and why it ended."""
@@ -45,7 +49,7 @@ class Answer:
             return None
         own = self._tokenizer.token_bytes(token)
         self._lost = _lost_bytes(generated.text, own, self._told)
-        self._told = (self._told + self._lost + own)[-4:]
+        self._told = (self._told + self._lost + own)[-_TOLD_BYTES:]
         self.complete = self.complete and not self._lost
         self.ids.append(token)
         text = self.stream.push(token)

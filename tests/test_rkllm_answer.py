@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -64,6 +64,23 @@ def test_characters_come_whole(text: str, way: str) -> None:
     assert spelled.decode() == text  # though not every token was told
     if way != "silent":
         assert answer.spelled() == tuple(ids)
+
+
+def test_tokens_of_many_letters_may_be_held_back_whole() -> None:
+    """Qwen2 has such: 10768 is two Cyrillic letters and half of one."""
+
+    class Cyrillic:
+        stop_ids: ClassVar[frozenset[int]] = frozenset()
+        texts: ClassVar[list[bytes]] = ["ра".encode() + "з".encode()[:1], "з".encode()[1:]]
+
+        def token_bytes(self, number: int) -> bytes:
+            return self.texts[number]
+
+    tokenizer: Any = Cyrillic()
+    answer = Answer(tokenizer, Sampling(max_new_tokens=1000), (), ends_itself=True)
+    shown = [answer.push(Generated(0, b"")), answer.push(Generated(1, "раз".encode()))]
+    assert "".join(filter(None, shown)) == "раз"
+    assert answer.spelled() == (0, 1)
 
 
 @pytest.mark.parametrize("way", ["", "split", "waiting"])

@@ -86,6 +86,7 @@ def test_every_fault_ends_in_a_right_answer_or_one_clear_error(
         ask(number)
     if "HANG" in fault.switches:
         monkeypatch.setattr(llm_proc, "SILENCE_S", 1.5)
+        monkeypatch.setattr(llm_proc, "SLOWEST_ROWS_PER_S", 1000.0)
     sampling = {"max_new_tokens": fault.max_new_tokens} if fault.max_new_tokens else {}
     with monkeypatch.context() as patch:
         patch.setenv("RKLLM_STANDIN_COUNT", str(tmp_path / "count"))
