@@ -126,6 +126,8 @@ class _Calibration:
                 self._step = Step(number, len(probes), title)
                 self._say(self._step)
                 self._profile.keep_probe(name, self._result(name, probe, found or {}))
+                if "stopped" in self._profile.probes[name]:
+                    break  # what follows would fail, too, and for that alone
         finally:
             self._worker.close()
         return self._conclude(facts)
@@ -154,14 +156,17 @@ class _Calibration:
                 self._profile.keep_probe(name, {**found, "begun": n_begun})
             raise
         except WorkerError as error:
-            return {"crashed": str(error)}
+            return {"crashed": str(error), "worker": error.name}
         except MmchatError as error:
             return {"failed": str(error)}
 
     def _conclude(self, facts: dict[str, Any]) -> Report:
         probes = self._profile.probes
         chosen = _chosen(probes)
-        if probes.get("pictures", {}).get("bound") is False:
+        shown = probes.get("pictures", {})
+        # By the encoder's worker it may crash: that says nothing of the LLM's cache.
+        untold = "crashed" in shown and shown.get("worker") != "vision"
+        if shown.get("bound") is False or untold or shown.get("strategy") == "resend":
             chosen.update(strategy="resend", rewinds=False, chunks=False)
         lengths, speed = probes["ladder"], probes["speed"]
         self._profile.update(
@@ -233,14 +238,17 @@ def _advice(facts: dict[str, Any], probes: dict[str, Any], profile: Profile) -> 
     elif not profile.rewinds:
         yield "pictures of equal size are mixed up without emptying the cache: an edited turn prefills everything"
     if "stopped" in probes["ladder"]:
-        yield f"the model did not load again after a crash ({probes['ladder']['stopped']}): restart the board"
+        yield (
+            f"the model did not load again after a crash ({probes['ladder']['stopped']}): restart the board and run "
+            "mmchat calibrate again, which goes on there"
+        )
     if odd := probes["ladder"].get("odd"):
         yield f"runs of {', '.join(map(str, odd))} rows crashed once and then worked: look at power supply and memory"
     if profile.safe_rows is not None and profile.chunks:
         yield f"longer runs than {profile.safe_rows} rows crash: longer prompts are fed in parts"
     elif profile.safe_rows is not None:
         yield f"longer runs than {profile.safe_rows} rows crash and are refused: fewer slices, shorter conversations"
-    growth = probes["memory"].get("mb_per_run", 0)
+    growth = probes.get("memory", {}).get("mb_per_run", 0)
     if growth > 0.5:
         yield f"every run loses {growth} MB: end mmchat now and then"
     if not probes["abort"].get("usable", False):

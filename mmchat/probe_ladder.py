@@ -14,26 +14,34 @@ def ladder(runs: Runs) -> dict[str, Any]:
     Each is written down before it begins: what is still there the next time took calibration down with it, perhaps
     the whole board, and counts as one crash.
     """
-    state = dict(runs.profile.probes["ladder"])
+    state = {name: value for name, value in runs.profile.probes["ladder"].items() if name != "stopped"}
     for name, empty in (("worked", []), ("crashed", []), ("odd", []), ("seconds", {})):
         state.setdefault(name, empty)
     lengths = list(rungs(runs.spec.context_rows - 1))
     if speed := runs.profile.probes.get("speed", {}).get("prefill_rows_per_s"):
         runs.say(f"up to {lengths[-1]} rows, about {1 + sum(lengths) / speed / 60:.0f} minutes", 0.0)
-    while True:
+    while "stopped" not in state:
         works, crashes = max(state["worked"], default=0), min(state["crashed"], default=None)
         todo = [n for n in lengths if n > works and (crashes is None or n < crashes)]
         if not todo and crashes is not None and crashes - works > max(1, crashes // 64):
             todo = [(works + crashes) // 2]
         if not todo:
             break
-        try:
-            runs.worker.ready()  # a crash may leave the NPU without memory for another start
-        except EngineError as error:
-            state["stopped"] = str(error)
-            break
-        _step(runs, state, todo[0])
+        if _is_loaded(runs, state):
+            _step(runs, state, todo[0])
+    if "stopped" in state:  # it has not ended: the next calibration goes on
+        return state
     return {name: value for name, value in state.items() if name not in ("begun", "trying")}
+
+
+def _is_loaded(runs: Runs, state: dict[str, Any]) -> bool:
+    """A crash may leave the NPU without memory for another start, which says nothing of a run's length."""
+    try:
+        runs.worker.ready()
+    except EngineError as error:
+        state["stopped"] = str(error)
+        return False
+    return True
 
 
 def _step(runs: Runs, state: dict[str, Any], length: int) -> None:
@@ -54,7 +62,11 @@ def _step(runs: Runs, state: dict[str, Any], length: int) -> None:
         except WorkerDied:
             n_crashes += 1
             if n_crashes < 2:
-                continue
+                if _is_loaded(runs, state):
+                    continue
+                state["trying"] = length
+                runs.profile.keep_probe("ladder", state)
+                return
             state["crashed"].append(length)
         except EngineError:  # refused, or hung: it would again
             state["crashed"].append(length)

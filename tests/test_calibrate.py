@@ -20,7 +20,7 @@ from mmchat import probe_ladder, probe_runs, probes
 from mmchat.calibrate import Report, Step, calibrate
 from mmchat.cli import app
 from mmchat.engine import Done, ImageRows, Piece, Sampling, Tokens
-from mmchat.errors import ContextFull
+from mmchat.errors import ContextFull, EngineError, WorkerDied
 from mmchat.llm_proc import LlmClient, Rkllm
 from mmchat.model_dir import open_model
 from mmchat.probe_pictures import Sight
@@ -28,6 +28,7 @@ from mmchat.profile import Profile
 from mmchat.rkllm_abi import FAMILIES
 from mmchat.runtime import open_vision
 from mmchat.store import Store
+from mmchat.worker import Worker
 from tests.conversation import GREEDY, talk
 from tests.fakes import never
 from tests.rkllm_standin.__main__ import LIBRARY, write_board_folder
@@ -223,6 +224,54 @@ def test_it_goes_on_where_it_was(board: Any) -> None:
     said.clear()
     run(folder, say=lambda step: said.append(str(step)))
     assert said == ["[0/8] loading the model"]
+
+
+@pytest.mark.usefixtures("short_ladder")
+def test_a_model_that_does_not_load_again_says_nothing_of_lengths(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash the NPU's memory may be gone until the board is restarted; then it goes on there."""
+    folder, lost = board(), list[str]()
+    noise, ready = probe_runs.Runs.noise, Worker.ready
+
+    def crash(runs: probe_runs.Runs, n_rows: int) -> Any:
+        if n_rows == 129 and not lost:
+            runs.worker.ready()
+            lost.append("memory")
+            runs.worker.kill()
+            raise WorkerDied("the LLM worker died (killed by signal 11 SIGSEGV)", name="LLM", exit_code=-11)
+        return noise(runs, n_rows)
+
+    def load(worker: Worker) -> dict[str, Any]:
+        if lost == ["memory"] and worker.pid is None:
+            raise EngineError("rkllm_init returned -1")
+        return ready(worker)
+
+    monkeypatch.setattr(probe_runs.Runs, "noise", crash)
+    monkeypatch.setattr(Worker, "ready", load)
+    report = run(folder)
+    assert (report.probes["ladder"]["crashed"], report.profile.safe_rows) == ([], None)
+    assert any("(rkllm_init returned -1): restart the board" in text for text in report.advice)
+    assert "memory" not in report.probes
+    lost.append("restarted")
+    report = run(folder)
+    assert (report.probes["ladder"]["odd"], report.profile.safe_rows) == ([129], None)
+    assert not any("restart the board" in text for text in report.advice)
+    assert "mb_per_run" in report.probes["memory"]
+
+
+@pytest.mark.usefixtures("short_ladder")
+def test_a_crash_by_the_pictures_leaves_nothing_to_rely_on(board: Any) -> None:
+    folder = board()
+    assert run(folder).profile.strategy == "prefix"
+    profile = Profile.open(open_model(folder), folder / LIBRARY)
+    for shown, strategy in (
+        ({"crashed": "the LLM worker died", "worker": "LLM"}, "resend"),
+        ({"crashed": "it was begun twice and never ended"}, "resend"),
+        ({"crashed": "the vision worker died", "worker": "vision"}, "prefix"),
+        ({"bound": True, "strategy": "resend"}, "resend"),
+        ({"bound": True, "strategy": "prefix"}, "prefix"),
+    ):
+        profile.update(probes={**profile.probes, "pictures": shown})
+        assert run(folder).profile.strategy == strategy, shown
 
 
 @pytest.mark.usefixtures("short_ladder")
