@@ -151,7 +151,7 @@ class BoardSpec:
 
     vision_mode: "openvino" (tensors, for the CPU), "navit" or "square" (*.rknn, with what rknn says).
     base_domain: RKLLM's base_domain_id.  stop_ids: empty where nothing says them but the tokenizer.
-    digests: SHA-256 of the files, by name, as far as they are known.
+    digests: SHA-256 of the files, by name; "" where it is not known.
     """
 
     llm_path: Path
@@ -388,6 +388,8 @@ def check_digests(spec: ModelSpec, progress: Callable[[str], None] = lambda name
     Raises ModelDirError: a file is not the one that mmchat.json describes.
     """
     for name, wanted in spec.board.digests.items() if spec.board else ():
+        if not wanted:
+            continue
         progress(name)
         with (spec.folder / name).open("rb") as file:
             found = _sha256(file)
@@ -429,7 +431,7 @@ def _with_board(spec: ModelSpec, config: _Json) -> ModelSpec:
     digests = {}
     for name, described in config.inner("files").values.items():
         info = _Json(config.path, described if isinstance(described, dict) else {})
-        digests[name] = str(info.values.get("sha256"))
+        digests[name] = str(info.values.get("sha256") or "")
         _check_size(spec.folder / name, info.integer("bytes"), config)
     paths = {part: _board_file(config, part, config.inner(part).values.get("file"), digests) for part in _HINTS}
     slices = config.inner("slices")

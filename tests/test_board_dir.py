@@ -105,6 +105,22 @@ def test_another_rknn_encoder_is_another_encoder(navit: Path, square: Path) -> N
     assert len(set(digests)) == 5
 
 
+def test_an_encoder_without_a_digest_is_known_by_itself(square: Path) -> None:
+    def described(digest: str | None) -> list[str]:
+        change(square, lambda values: values["files"][RKNN].update(sha256=digest))
+        check_digests(open_model(square))
+        found = []
+        for last in b"ab":
+            data = (square / RKNN).read_bytes()
+            (square / RKNN).unlink()
+            (square / RKNN).write_bytes(data[:-1] + bytes([last]))
+            found.append(open_model(square).encoder_digest)
+        return found
+
+    assert len(set(described(""))) == 2
+    assert described("") == described(None)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
