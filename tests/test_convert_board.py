@@ -121,11 +121,14 @@ def test_without_rkllm_toolkit_the_folder_is_finished_later(tmp_path: Path) -> N
     assert "the folder is not complete: it lacks model.rkllm, the LLM: mmchat convert llm-rkllm" in err
     with pytest.raises(ModelDirError, match=r"convert board began; it has small files.* lacks model\.rkllm"):
         open_model(folder)
-    (tmp_path / "theirs.rkllm").write_bytes(b"an LLM")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(b"an LLM")
+    (tmp_path / "theirs.rkllm").symlink_to("blobs/abc")  # as the hub's cache has it
     out, err = mmchat_command(*words, "--llm", tmp_path / "theirs.rkllm", env=env)
     assert "encoder: done before" in err
     assert open_model(folder).board is not None
     assert (tmp_path / "theirs.rkllm").read_bytes() == b"an LLM"
+    assert not (folder / "model.rkllm").is_symlink()
 
 
 def test_without_rknn_toolkit_the_cpu_encodes(tmp_path: Path) -> None:

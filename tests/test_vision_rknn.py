@@ -131,6 +131,21 @@ def test_what_goes_wrong_is_told_and_nothing_written(
     assert left(tmp_path) == ["v.rknn.log"]  # all that it said
 
 
+def test_what_a_toolkit_leaves_running_does_not_keep_it_waiting(onnx: Path, tmp_path: Path) -> None:
+    """A process that it forked holds the pipe open, and it was killed before it said a word."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 600 &\nkill -9 $$\n")
+    python.chmod(0o755)
+    with pytest.raises(ToolkitError, match="was killed: most likely there was not enough memory"):
+        vision_rknn.run(vision_rknn.plan(onnx, "rk3588"), tmp_path / "v.rknn", python, print)
+
+
+@pytest.mark.parametrize("target", [".", "v.onnx", "/"])
+def test_a_target_that_is_no_such_file(onnx: Path, target: str) -> None:
+    with pytest.raises(ModelDirError, match=r"give the file to write, for example .*v.*\.rknn"):
+        vision_rknn.run(vision_rknn.plan(onnx, "rk3588"), Path(target), Path(sys.executable), print)
+
+
 def test_less_is_accepted_where_that_is_asked_for(onnx: Path, tmp_path: Path) -> None:
     python = write_python(tmp_path / "python", noise=0.5)
     report = vision_rknn.run(vision_rknn.plan(onnx, "rk3588", min_cosine=0.5), tmp_path / "v.rknn", python, print)

@@ -260,7 +260,7 @@ def _given_llm(path: Path) -> Step:
     def make(work: Path, tell: toolkit.Tell, progress: Progress) -> dict[str, Any]:
         (work / LLM).unlink(missing_ok=True)
         try:
-            os.link(path, work / LLM)
+            os.link(os.path.realpath(path), work / LLM)  # not the link that a file of the hub's cache is
         except OSError:  # another disk
             shutil.copyfile(path, work / LLM)
         return {"given": path.name}

@@ -148,7 +148,8 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Pr
     Raises ToolkitError: no toolkit, or a failure of it; ModelDirError; DiskFull.
     """
     if target.is_dir() or target.suffix != ".rkllm":
-        raise ModelDirError(f"{target}: give the file to write, for example {target.with_suffix('')}.rkllm")
+        example = target / "model.rkllm" if target.is_dir() else target.with_suffix(".rkllm")
+        raise ModelDirError(f"{target}: give the file to write, for example {example}")
     plain = target.with_name(f"{target.name}.qwen2")
     work, log = target.with_name(f".{target.name}.work"), target.with_name(f"{target.name}.log")
     with only_writer(target.parent):

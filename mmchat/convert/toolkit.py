@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,8 @@ class Toolkit:
         return Path(os.path.abspath(found))  # not resolved: a venv's python is a link
 
 
+_STEP_S = 0.2
+
 RKNN = Toolkit("rknn-toolkit2", "rknn.api", "MMCHAT_RKNN_PYTHON", "docs/board.md says how that is installed")
 RKLLM = Toolkit("rkllm-toolkit", "rkllm.api", "MMCHAT_RKLLM_PYTHON", "docs/board.md says where it is had (x86-64 only)")
 
@@ -73,7 +76,7 @@ def run(toolkit: Toolkit, python: Path, job: dict[str, Any], work: Path, log: Pa
     path.write_text(json.dumps(job))
     step, answer = "start", None
     with log.open("wb") as output, _started(python, path, work, output) as (process, events):
-        for line in events:
+        for line in _lines(process, events):
             try:
                 event = json.loads(line)
             except ValueError:  # the process died within a line
@@ -128,13 +131,28 @@ def _started(python: Path, job: Path, work: Path, output: Any) -> Iterator[tuple
         os.close(theirs)
         os.close(events)
     try:
-        with os.fdopen(mine, encoding="utf-8", errors="replace") as lines:
-            yield process, lines
+        with os.fdopen(mine, "rb", buffering=0) as told:
+            yield process, told
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with what it left
         process.wait()
         os.close(lifeline)
+
+
+def _lines(process: subprocess.Popen[bytes], events: Any) -> Iterator[str]:
+    """Until it has ended: a process that it left may hold the pipe open for ever."""
+    unfinished = b""
+    while True:
+        has_ended = process.poll() is not None  # first, for what it said last may still be there
+        if select.select([events], [], [], 0.0 if has_ended else _STEP_S)[0]:
+            data = events.read(1 << 16)
+            if not data:
+                return
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+        elif has_ended:
+            return
 
 
 def _ended(toolkit: Toolkit, step: str, code: int, told: str, log: Path) -> str:

@@ -178,7 +178,8 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell) -> dict[str,
     Raises ToolkitError: no toolkit, a failure of it, or a result that differs too much; ModelDirError; DiskFull.
     """
     if target.is_dir() or target.suffix != ".rknn":
-        raise ModelDirError(f"{target}: give the file to write, for example {target.with_suffix('')}.rknn")
+        example = target / "vision.rknn" if target.is_dir() else target.with_suffix(".rknn")
+        raise ModelDirError(f"{target}: give the file to write, for example {example}")
     work, log = target.with_name(f".{target.name}.work"), target.with_name(f"{target.name}.log")
     with only_writer(target.parent):
         shutil.rmtree(work, ignore_errors=True)  # of one that was killed
