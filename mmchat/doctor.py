@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 
 from mmchat import half_made
-from mmchat.checkpoint import Checkpoint
+from mmchat.board_files import board_files
+from mmchat.checkpoint import Checkpoint, read_header
 from mmchat.doctor_npu import examine_encoder, examine_npu
 from mmchat.errors import ModelDirError, StoreError
 from mmchat.model_dir import BOARD_FILE, ModelSpec, model_folder, open_model
@@ -226,9 +227,18 @@ def _layout(folder: Path) -> tuple[str, list[Path]]:
             found = [folder / name for pattern in patterns for name in sorted(glob.glob(pattern, root_dir=folder))]
         except (OSError, ValueError):
             continue
-        if found:
+        if found and not (kind == "board" and BOARD_FILE not in (path.name for path in found) and _is_whole(folder)):
             return kind, [path for path in found if os.path.isfile(path)]
     return "checkpoint" if os.path.isfile(folder / "config.json") else "", []
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether it is a checkpoint, though a board's file lies beside it."""
+    try:
+        tensors = (name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path))
+        return board_files(folder) is None and any(name.startswith("vpm.") for name in tensors)
+    except (ModelDirError, OSError):
+        return False
 
 
 def _check_checkpoint(spec: ModelSpec) -> None:

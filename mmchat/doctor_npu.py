@@ -184,19 +184,27 @@ def _librkllmrt(patient: Patient, model: Path | None) -> Finding:
     if path is None or not os.path.isfile(path):
         what = f"MMCHAT_RKLLM_LIB names {named}, which is no file" if named else f"no {file} in {_folders()}"
         return Finding(name, "problem", what, f"copy {file} from {source} to /usr/lib, or name it in MMCHAT_RKLLM_LIB")
+    family = patient.environ.get("MMCHAT_RKLLM_FAMILY") or None
     try:
         version = version_of(path)  # first: what is wrong with the file itself
-        if version in FAMILY_OF_VERSION:
-            detect(path, probed=_NOT_ASKED)
+        if family or version in FAMILY_OF_VERSION:
+            detect(path, family=family, probed=_NOT_ASKED)
     except EngineError as error:
-        return Finding(name, "problem", str(error), f"copy {file} again, from {source}")
+        cure = f"copy {file} again, from {source}"
+        return Finding(name, "problem", str(error), f"{cure}, or unset MMCHAT_RKLLM_FAMILY" if family else cure)
     what = f"RKLLM {version or 'of unknown version'} ({found[0]})"
+    if family and (not version or version not in FAMILY_OF_VERSION):
+        cure = f"where it crashes, take {file} of a version that is known, from {source}"
+        return Finding(name, "advice", f"{what}, used as {family}, which MMCHAT_RKLLM_FAMILY names", cure)
     if not version:
         cure = f"mmchat asks the library when it loads it; where it then refuses it, take {file} from {source}"
         return Finding(name, "unknown", f"{what}: the file does not tell", cure)
     if version not in FAMILY_OF_VERSION:
         first, last = next(iter(FAMILY_OF_VERSION)), list(FAMILY_OF_VERSION)[-1]
-        cure = f"use a version from {first} to {last}, of {source}, or upgrade mmchat"
+        cure = (
+            f"use a version from {first} to {last}, of {source}, or upgrade mmchat, or name the one that it is like in "
+            "MMCHAT_RKLLM_FAMILY"
+        )
         return Finding(name, "problem", f"{what} is not known here", cure)
     if len(found) > 1:
         what = f"{what}; also {_others(patient, found, version_of)}"

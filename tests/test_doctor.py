@@ -430,6 +430,20 @@ def test_a_link_is_no_second_library(board: Machine) -> None:
     assert board.bad() == {}
 
 
+def test_a_family_that_the_user_names(board: Machine) -> None:
+    board.write(RKLLM, elf(FAMILIES["1.3.0"].symbols, "RKLLM SDK (version: 1.3.1 (x@2025))"))
+    assert board.bad() == {"librkllmrt": "problem"}
+    assert "MMCHAT_RKLLM_FAMILY" in board.examine()["librkllmrt"].cure
+    board.environ["MMCHAT_RKLLM_FAMILY"] = "1.3.0"
+    one = board.examine()["librkllmrt"]
+    assert (one.status, one.what) == (
+        "advice",
+        f"RKLLM 1.3.1 ({RKLLM}), used as 1.3.0, which MMCHAT_RKLLM_FAMILY names",
+    )
+    board.environ["MMCHAT_RKLLM_FAMILY"] = "7.0"
+    assert "unset MMCHAT_RKLLM_FAMILY" in board.examine()["librkllmrt"].cure
+
+
 def test_a_named_library(board: Machine) -> None:
     board.environ["MMCHAT_RKLLM_LIB"] = "/opt/none.so"
     one = board.examine()["librkllmrt"]
@@ -595,6 +609,16 @@ def rewrite(folder: Path, without: str = "", table: tuple[int, ...] | None = Non
         dtype, _, data = tensors["llm.model.embed_tokens.weight"]
         tensors["llm.model.embed_tokens.weight"] = (dtype, table, data)
     write_tensors(folder / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize("name", ["model.rkllm", "vision.rknn"])
+def test_a_checkpoint_with_a_boards_file_beside_it_is_one(pc: Machine, checkpoint: Path, name: str) -> None:
+    """`mmchat convert llm-rkllm CHECKPOINT CHECKPOINT/model.rkllm` makes it."""
+    (checkpoint / name).write_bytes(bytes(1000))
+    assert pc.bad(checkpoint) == {}
+    assert "a board folder" not in pc.examine(checkpoint)["model"].what
+    rewrite(checkpoint, "llm.model.layers.2.")
+    assert "1 of 8 layers lack tensors" in pc.examine(checkpoint)["model"].what
 
 
 def test_models_that_are_not_whole(pc: Machine, checkpoint: Path) -> None:
