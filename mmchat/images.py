@@ -117,11 +117,9 @@ class OpenedImage:
             return False
         if image.format == "PNG" and "exif" not in image.info:
             try:  # before Pillow does it for the EXIF: what is damaged here is more than that
-                with _damage_told(self._name):
-                    try:
-                        image.load()
-                    except ValueError:  # a text or the like behind the pixels; if it is they, read() comes upon it
-                        pass
+                # ValueError: of a text or the like behind the pixels.  If it is they, read() comes upon it.
+                with _damage_told(self._name), contextlib.suppress(ValueError):
+                    image.load()
             except ImageError as error:
                 self._damage = error
                 return False
