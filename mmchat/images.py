@@ -117,9 +117,8 @@ class OpenedImage:
             return False
         if image.format == "PNG" and "exif" not in image.info:
             try:  # before Pillow does it for the EXIF: what is damaged here is more than that
-                # ValueError: of a text or the like behind the pixels.  If it is they, read() comes upon it.
-                with _damage_told(self._name), contextlib.suppress(ValueError):
-                    image.load()
+                with _damage_told(self._name):
+                    _load(image)
             except ImageError as error:
                 self._damage = error
                 return False
@@ -149,7 +148,7 @@ class OpenedImage:
             if at_least is not None and self._may_draft:
                 width, height = at_least[::-1] if turned else at_least
                 image.draft(None, (min(image.width, 2 * width), min(image.height, 2 * height)))
-            image.load()
+            _load(image)
             if self._reference:
                 return image if image.mode == "RGB" else image.convert("RGB")
             turn = _TURNS.get(_orientation(image))  # not ImageOps.exif_transpose: it writes all the EXIF anew
@@ -313,6 +312,24 @@ def _orientation(image: Image) -> int:
     except _BROKEN:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _load(image: Image) -> None:
+    """Decode the pixels.  What is odd behind a PNG's (a text of megabytes, say) is no damage to them."""
+    behind = getattr(image, "load_end", None)
+    if image.format != "PNG" or behind is None:
+        image.load()
+        return
+
+    def load_end() -> None:
+        with contextlib.suppress(ValueError):
+            behind()
+
+    setattr(image, "load_end", load_end)  # noqa: B010 (Image has none, for mypy)
+    try:
+        image.load()
+    finally:
+        delattr(image, "load_end")
 
 
 def _stored_size(image: Image) -> tuple[Any, Any]:

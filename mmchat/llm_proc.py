@@ -74,7 +74,7 @@ class LlmClient:
     ) -> None:
         """rkllm: run the model on RKLLM; None is OpenVINO."""
         self.context_rows = context_rows
-        self.silence_s: float | None = None  # the longest that the engine may say nothing; None: SILENCE_S
+        self.silence_s: float | None = None  # the longest that the engine may say nothing; None: see SILENCE_S
         self._rkllm = rkllm
         # One answer may take several requests, each of which another thread's would spoil.
         self._turns = rkllm and (
@@ -142,7 +142,8 @@ class LlmClient:
         while True:
             request = {"pieces": _pieces_to_wire(pieces), "sampling": sampling.to_dict(), "resume_ids": shown}
             n_rows_run = 0  # of the run under way, until its first token
-            silence_s = self.silence_s or max(SILENCE_S, sum(piece.n_rows for piece in pieces) / SLOWEST_ROWS_PER_S)
+            n_whole = sum(piece.n_rows for piece in pieces) if self._rkllm else 0
+            silence_s = self.silence_s or max(SILENCE_S, n_whole / SLOWEST_ROWS_PER_S)
             try:
                 for message in self.worker.call(request, silence_s=silence_s, should_stop=should_stop):
                     event = _event_from_wire(message)

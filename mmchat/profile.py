@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -128,13 +127,14 @@ def state_folder() -> Path:
 @lru_cache(maxsize=1)
 def _temporary_state() -> Path:
     """A folder of the user's own, where anybody may make one of that name."""
-    folder = temporary_folder() / f"mmchat-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            return folder
-        return Path(tempfile.mkdtemp(prefix="mmchat-"))
+    for end in ("", *(f"-{n}" for n in range(1, 10))):
+        folder = temporary_folder() / f"mmchat-{os.getuid()}{end}"
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                return folder
     return Path(os.devnull) / "mmchat"  # where nothing can be written, which whoever tries is prepared for
 
 

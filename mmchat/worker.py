@@ -39,6 +39,7 @@ _EXIT_GRACE_S = 2.0
 LOG_FILE_BYTES = 1 << 20  # then it is renamed to *.1, over the one before
 _LOG_LINES = 200
 _STEP_S = 0.1
+_DRAIN_S = 1.0  # to read what fits into a channel: some thousand tokens
 
 _PROGRAM = """
 import sys
@@ -320,7 +321,7 @@ class Call:
         self._silence_s, self._should_stop = silence_s, should_stop
         self._id = 0
         self._cancelled_at: float | None = None
-        self._waited_s = 0.0  # for the child, since then: not what the reader took
+        self._said: collections.deque[dict[str, Any]] = collections.deque()  # and not yet read
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Raises what the handler raised, WorkerDied, WorkerTimeout, EngineBusy.
@@ -388,15 +389,28 @@ class Call:
             allowed_s = self._silence_s
             if self._cancelled_at is not None:
                 allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
-            before = time.monotonic()
-            message = self._worker._receive(max(0.0, silent_since + allowed_s - before), allowed_s)
-            if self._cancelled_at is not None:
-                self._waited_s += time.monotonic() - before
+            if self._said:
+                return self._said.popleft()
+            message = self._worker._receive(max(0.0, silent_since + allowed_s - time.monotonic()), allowed_s)
             if message is None:
                 continue
-            if self._waited_s > CANCEL_GRACE_S and "event" in message:  # it talks on as if nothing were
-                self._worker._time_out(f"did not stop within {CANCEL_GRACE_S:g} s")
+            if self._cancelled_at is not None and time.monotonic() > self._cancelled_at + CANCEL_GRACE_S:
+                self._said.append(message)
+                self._hear_the_end()
+                continue
             return message
+
+    def _hear_the_end(self) -> None:
+        """It should have stopped by now.  A slow reader may have all that was said before it, the end too.
+
+        Raises WorkerTimeout.
+        """
+        deadline = time.monotonic() + _DRAIN_S
+        while "event" in self._said[-1]:
+            message = self._worker._receive(2 * _STEP_S, 0.0) if time.monotonic() < deadline else None
+            if message is None:
+                self._worker._time_out(f"did not stop within {CANCEL_GRACE_S:g} s")
+            self._said.append(message)
 
     def _cancel(self) -> None:
         self._cancelled_at = time.monotonic()

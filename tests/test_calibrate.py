@@ -19,6 +19,7 @@ from mmchat import calibrate as calibration
 from mmchat import probe_ladder, probe_runs, probes
 from mmchat.calibrate import Report, Step, calibrate
 from mmchat.cli import app
+from mmchat.cli.calibrating import _to_text
 from mmchat.engine import Done, ImageRows, Piece, Sampling, Tokens
 from mmchat.errors import ContextFull, EngineError, WorkerDied
 from mmchat.llm_proc import LlmClient, Rkllm
@@ -251,6 +252,7 @@ def test_a_model_that_does_not_load_again_says_nothing_of_lengths(board: Any, mo
     assert (report.probes["ladder"]["crashed"], report.profile.safe_rows) == ([], None)
     assert any("(rkllm_init returned -1): restart the board" in text for text in report.advice)
     assert "memory" not in report.probes
+    assert "not measured" in _to_text(report)
     lost.append("restarted")
     report = run(folder)
     assert (report.probes["ladder"]["odd"], report.profile.safe_rows) == ([129], None)

@@ -511,13 +511,17 @@ def test_half_a_file_is_refused(kind: str) -> None:
         read_image(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("oriented", [False, True])
 @pytest.mark.parametrize("kind", [b"zTXt", b"pHYs"])
-def test_what_is_odd_behind_the_pixels_is_no_damage(kind: bytes) -> None:
+def test_what_is_odd_behind_the_pixels_is_no_damage(kind: bytes, oriented: bool) -> None:
     """A workflow of megabytes, say, or half a resolution."""
     body = b"workflow\0\0" + zlib.compress(bytes(2 << 20)) if kind == b"zTXt" else b"\0"
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    data = encoded(gradient(40, 30))
+    data = encoded(gradient(40, 30), "PNG", **({"exif": ORIENTED} if oriented else {}))
     assert pixels(data[:-12] + chunk + data[-12:]) == pixels(data)
+    at = data.index(b"IDAT") + 10
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        read_image(data[:at] + bytes(20) + data[at + 20 : -12] + chunk + data[-12:])
 
 
 def test_opening_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +344,13 @@ def test_a_child_that_ignores_a_cancel_is_killed(make: Make, monkeypatch: pytest
     assert count(worker) == [0, 1]
 
 
+def slowly(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Slower than any child says them."""
+    for event in events:
+        time.sleep(0.05)
+        yield event
+
+
 def test_a_child_that_talks_on_after_a_cancel_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.3)
     worker = make()
@@ -355,6 +362,9 @@ def test_a_child_that_talks_on_after_a_cancel_is_killed(make: Make, monkeypatch:
     pid = next(events)["pid"]
     events.close()
     assert is_gone(pid)
+    worker.ready()
+    with pytest.raises(WorkerTimeout, match=r"did not stop within 0\.3 s"):
+        list(slowly(worker.call({"do": "chatter"}, silence_s=60.0, should_stop=lambda: True)))
     assert count(worker) == [0, 1]
 
 
@@ -362,11 +372,8 @@ def test_who_reads_slowly_after_a_cancel_gets_all_that_was_said(make: Make, monk
     monkeypatch.setattr(worker_module, "CANCEL_GRACE_S", 0.2)
     worker = make()
     worker.ready()
-    seen: list[dict[str, Any]] = []
-    for event in worker.call({"do": "count", "n": 20}, silence_s=60.0, should_stop=lambda: bool(seen)):
-        seen.append(event)
-        time.sleep(0.05)
-    assert len(seen) == 20
+    seen = list(slowly(worker.call({"do": "count", "n": 20}, silence_s=60.0, should_stop=lambda: True)))
+    assert [event["i"] for event in seen] == list(range(20))
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])

@@ -90,6 +90,7 @@ def _to_text(report: Report) -> str:
     append, prefix, ladder, abort = (probes[name] for name in ("append", "prefix", "ladder", "abort"))
     end = {True: "kept", False: "not kept", None: "not known"}[append.get("end_in_kv")]
     edits = "noticed" if prefix.get("rewinds") else "not noticed, or not known"  # by prefix reuse
+    growth = probes.get("memory", {}).get("mb_per_run")
     lines = [
         ("library", f"RKLLM {facts['version']} (ABI {facts['family']}), {report.library}"),
         ("loaded in", f"{facts['load_s']:g} s"),
@@ -99,7 +100,7 @@ def _to_text(report: Report) -> str:
         ("other picture", edits),
         ("abort", _abort(abort)),
         ("runs", f"of up to {max(ladder.get('worked', []), default=0)} rows work{_crashes(ladder)}"),
-        ("memory", f"{probes['memory'].get('mb_per_run')} MB per run"),
+        ("memory", "not measured" if growth is None else f"{growth} MB per run"),
         ("prefill", f"{report.profile.prefill_rows_per_s} rows/s"),
         ("decode", f"{probes['speed'].get('decode_tokens_per_s')} tokens/s"),
         ("encoder", _encoder(probes.get("encoder", {}))),
