@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# The longest that an engine may say nothing.  A prefill chunk of the 8B model on a slow board takes tens of seconds; a
+# token, under one.  RKLLM prefills a whole prompt in one run: the lowest published figure is 43 rows per second.
+SILENCE_S, SLOWEST_ROWS_PER_S = 300.0, 10.0
+
 _LARGEST = 2**31 - 1  # what vendors' structs hold
 _TO = f"to {_LARGEST}"
 _LARGEST_SEED = 2**63 - 1  # what a message to a worker holds; no vendor takes a seed

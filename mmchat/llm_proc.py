@@ -26,16 +26,26 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.child import Handler
-from mmchat.engine import Done, Engine, Event, ImageRows, Piece, Prefill, Restarted, Sampling, Token, Tokens
+from mmchat.engine import (
+    SILENCE_S,
+    SLOWEST_ROWS_PER_S,
+    Done,
+    Engine,
+    Event,
+    ImageRows,
+    Piece,
+    Prefill,
+    Restarted,
+    Sampling,
+    Token,
+    Tokens,
+)
 from mmchat.errors import EngineError, PromptError, SamplingFixed, WorkerDied, WorkerError
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.profile import Profile
 from mmchat.store import Store
 from mmchat.worker import Exclusive, Worker
 
-# A prefill chunk of the 8B model on a slow board takes tens of seconds; a token, under one.  RKLLM prefills whole
-# prompts in one run: of the published figures the lowest is 43 rows per second.
-SILENCE_S, SLOWEST_ROWS_PER_S = 300.0, 10.0
 # A run of fewer rows does not crash for its length; the ladder of calibration begins here.
 _ALWAYS_SAFE_ROWS = 64
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}  # not SIGKILL: that is somebody else, or no memory

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from mmchat.engine import SILENCE_S, SLOWEST_ROWS_PER_S
 from mmchat.errors import EngineError
-from mmchat.llm_proc import SILENCE_S, SLOWEST_ROWS_PER_S
 from mmchat.model_dir import ModelSpec
 from mmchat.profile import Profile
 from mmchat.prompt import ChatTokenizer, Message, Text, render

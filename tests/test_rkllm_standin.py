@@ -205,7 +205,8 @@ def test_sampling_of_the_run_and_of_the_handle() -> None:
         greedy = standin.run(rows).ids
         sampled = standin.run(rows, sampling=abi.RKLLMSamplingParam(**hot)).ids
         assert sampled != greedy
-        assert len(standin.run(rows, max_new_tokens=7).ids) == 7
+        assert len(greedy) > 1
+        assert standin.run(rows, max_new_tokens=len(greedy) - 1).ids == greedy[:-1]
         assert standin.run(rows).ids == greedy
         for same in ({"top_k": 1, "temperature": 3.0}, {"temperature": 0.0, "top_k": 40}):
             assert standin.run(rows, sampling=abi.RKLLMSamplingParam(**{**hot, **same})).ids == greedy
