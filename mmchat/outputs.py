@@ -40,6 +40,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def check_target(target: Path, name: str) -> None:
+    """Raises ModelDirError where a file like name ("model.rkllm") cannot be written: a folder, or another suffix."""
+    suffix = Path(name).suffix
+    if target.is_dir() or target.suffix != suffix:
+        example = target / name if target.is_dir() else target.with_suffix(suffix)
+        raise ModelDirError(f"{target}: give the file to write, for example {example}")
+
+
 def check_space(folder: Path, n_bytes: int) -> None:
     """Raises DiskFull where n_bytes more do not fit on the folder's disk."""
     free = free_bytes(folder)

@@ -383,14 +383,12 @@ class Call:
     def _next(self) -> dict[str, Any]:
         """The next message; waits in short steps, for a cancel starts a clock of its own."""
         silent_since = time.monotonic()
-        while True:
+        while not self._said:
             if self._cancelled_at is None and self._should_stop():
                 self._cancel()
             allowed_s = self._silence_s
             if self._cancelled_at is not None:
                 allowed_s = min(allowed_s, max(0.0, self._cancelled_at - silent_since) + CANCEL_GRACE_S)
-            if self._said:
-                return self._said.popleft()
             message = self._worker._receive(max(0.0, silent_since + allowed_s - time.monotonic()), allowed_s)
             if message is None:
                 continue
@@ -399,6 +397,7 @@ class Call:
                 self._hear_the_end()
                 continue
             return message
+        return self._said.popleft()
 
     def _hear_the_end(self) -> None:
         """It should have stopped by now.  A slow reader may have all that was said before it, the end too.

@@ -1025,7 +1025,8 @@ def test_resume_after_a_kill(setup: Setup, file: Path) -> None:
     assert os.listdir(file.parent).count(file.name + ".damaged") == 0
 
 
-def test_resume_of_a_damaged_file_keeps_it(setup: Setup, file: Path) -> None:
+def damaged_in_the_middle(setup: Setup, file: Path) -> tuple[bytes, int]:
+    """The content of a file with three turns, of which the second one is damaged, and where its section begins."""
     setup.chat.autosave(file)
     setup.ask("Red.", "What?", images=[SOURCES[1]])
     start = file.stat().st_size
@@ -1034,6 +1035,11 @@ def test_resume_of_a_damaged_file_keeps_it(setup: Setup, file: Path) -> None:
     setup.chat.autosave(None)
     damaged = bytearray(file.read_bytes())
     damaged[start + 60] ^= 1
+    return bytes(damaged), start
+
+
+def test_resume_of_a_damaged_file_keeps_it(setup: Setup, file: Path) -> None:
+    damaged, start = damaged_in_the_middle(setup, file)
     for name in ("talk.mmchat.damaged", "talk.mmchat.damaged2"):
         file.write_bytes(damaged)
         other = Other(setup.store.root)
@@ -1149,14 +1155,7 @@ def test_a_plan_knows_what_must_be_encoded_again(setup: Setup, tmp_path: Path, e
 
 
 def test_a_damaged_file_behind_a_link_is_kept_too(setup: Setup, file: Path, tmp_path: Path) -> None:
-    setup.chat.autosave(file)
-    setup.ask("Red.", "What?", images=[SOURCES[1]])
-    start = file.stat().st_size
-    setup.ask("Blue.", "And?")
-    setup.ask("Green.", "And?")
-    setup.chat.autosave(None)
-    damaged = bytearray(file.read_bytes())
-    damaged[start + 60] ^= 1
+    damaged, _ = damaged_in_the_middle(setup, file)
     file.write_bytes(damaged)
     link = tmp_path / "link"
     link.symlink_to(file)

@@ -539,10 +539,10 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as error:  # of stdout, else it has been told
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not code and not isinstance(error, BrokenPipeError):  # the reader of stdout left
+        if not code and not isinstance(error, BrokenPipeError):  # else its reader left
             options.say(options.describe(error))
-        if options.debug and not code and not isinstance(error, BrokenPipeError):
-            raise
+            if options.debug:
+                raise
         code = code or 1
     raise SystemExit(code)
 

@@ -28,7 +28,7 @@ from mmchat.convert.calibration import Embedder, Talk, talks_in
 from mmchat.convert.step import COPIED_BYTES_PER_S, Estimate, Progress
 from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import ModelSpec, open_model
-from mmchat.outputs import check_space, only_writer, remove_work
+from mmchat.outputs import check_space, check_target, only_writer, remove_work
 
 DTYPES = {
     "rk3588": ("w8a8", "w8a8_g128", "w8a8_g256", "w8a8_g512"),
@@ -147,9 +147,7 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell, progress: Pr
 
     Raises ToolkitError: no toolkit, or a failure of it; ModelDirError; DiskFull.
     """
-    if target.is_dir() or target.suffix != ".rkllm":
-        example = target / "model.rkllm" if target.is_dir() else target.with_suffix(".rkllm")
-        raise ModelDirError(f"{target}: give the file to write, for example {example}")
+    check_target(target, "model.rkllm")
     plain = target.with_name(f"{target.name}.qwen2")
     work, log = target.with_name(f".{target.name}.work"), target.with_name(f"{target.name}.log")
     with only_writer(target.parent):

@@ -42,7 +42,7 @@ from mmchat.convert.step import Estimate
 from mmchat.convert.vision_onnx import MODEL_FILE, POSITIONS_FILE
 from mmchat.errors import ModelDirError, OptionError, ToolkitError
 from mmchat.model_dir import POSITIONS
-from mmchat.outputs import check_space, only_writer
+from mmchat.outputs import check_space, check_target, only_writer
 from mmchat.rknn_file import read_rknn
 
 TARGETS = ("rk3588", "rk3576")
@@ -177,9 +177,7 @@ def run(plan: Plan, target: Path, python: Path, tell: toolkit.Tell) -> dict[str,
 
     Raises ToolkitError: no toolkit, a failure of it, or a result that differs too much; ModelDirError; DiskFull.
     """
-    if target.is_dir() or target.suffix != ".rknn":
-        example = target / "vision.rknn" if target.is_dir() else target.with_suffix(".rknn")
-        raise ModelDirError(f"{target}: give the file to write, for example {example}")
+    check_target(target, "vision.rknn")
     work, log = target.with_name(f".{target.name}.work"), target.with_name(f"{target.name}.log")
     with only_writer(target.parent):
         shutil.rmtree(work, ignore_errors=True)  # of one that was killed

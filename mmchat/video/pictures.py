@@ -99,7 +99,8 @@ def _reader(picture: Any) -> Callable[[], Image]:
             image = read_image(picture)
         except ImageError as error:
             return partial(_refuse, error)
-        return partial(_give, image.copy() if image is picture else image)
+        kept = image.copy() if image is picture else image
+        return lambda: kept
     return partial(read_image, picture)
 
 
@@ -108,10 +109,6 @@ def _may_change(picture: Image) -> bool:
         return not getattr(picture, "tile", None) or bool(getattr(picture, "is_animated", False))
     except Exception:  # damaged behind the first frame, which is what there is then
         return False
-
-
-def _give(image: Image) -> Image:
-    return image
 
 
 def _refuse(error: ImageError) -> Image:
