@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 # Added to the scores of padding keys.  Survives float16, which the float32 minimum does not.
 MASKED = -1e4
 
-# fl32(fl32(fl32(v / 255) - 0.5) / 0.5): the processor's own three roundings, not 2v/255 - 1.
-_NORMALISED = ((np.arange(256, dtype=np.float32) / np.float32(255)) - np.float32(0.5)) / np.float32(0.5)
-
 
 def host_inputs(
     patches: NDArray[np.float32],
@@ -46,7 +43,7 @@ def host_inputs(
     side = round(len(positions) ** 0.5)
 
     def padded(array: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.pad(array, ((0, n - used), (0, 0)))[None]
+        return (np.pad(array, ((0, n - used), (0, 0))) if n > used else array)[None]
 
     return {
         "patches": padded(patches),
@@ -61,12 +58,16 @@ def patches(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.float32]:
     height, width, _ = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     tiles = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
-    flat = tiles.reshape(rows * columns, 3 * patch_size * patch_size)
-    return np.asarray(np.take(_NORMALISED, flat), dtype=np.float32)
+    flat: NDArray[np.float32] = tiles.reshape(rows * columns, 3 * patch_size * patch_size).astype(np.float32)
+    # fl32(fl32(fl32(v / 255) - 0.5) / 0.5): the processor's own three roundings, not 2v/255 - 1.
+    flat /= np.float32(255)
+    flat -= np.float32(0.5)
+    flat /= np.float32(0.5)
+    return flat
 
 
 @lru_cache(maxsize=1024)
-def _buckets(n: int, side: int) -> tuple[int, ...]:
+def _buckets(n: int, side: int) -> NDArray[np.int64]:
     """Bucket of each of n patches along a side, out of `side`.
 
     Nearly floor(side * i / n).  The reference compares float32 coordinates, made by a vectorised arange (8 lanes,
@@ -80,26 +81,26 @@ def _buckets(n: int, side: int) -> tuple[int, ...]:
     start = (step * (i - lane)).astype(np.float32).astype(np.float64)
     coordinates = np.concatenate([start + lane * step, step * np.arange(whole, n)]).astype(np.float32)
     edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
-    return tuple(np.searchsorted(edges, coordinates, side="right").tolist())
+    return np.searchsorted(edges, coordinates, side="right").astype(np.int64)
 
 
 def position_ids(rows: int, columns: int, side: int) -> NDArray[np.int64]:
     """(rows * columns,) indices into the tower's side * side position table."""
-    row = np.array(_buckets(rows, side), dtype=np.int64)
-    column = np.array(_buckets(columns, side), dtype=np.int64)
-    return (row[:, None] * side + column).reshape(-1)
+    return (_buckets(rows, side)[:, None] * side + _buckets(columns, side)).reshape(-1)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> NDArray[np.float32]:
     """(rows * columns, width) float32: what the resampler adds to its keys; the column fills the first half."""
     quarter = width // 4
-    frequencies = (1.0 / 10000 ** (np.arange(quarter, dtype=np.float32) / quarter)).astype(np.float32)
-
-    def encoded(n: int) -> NDArray[np.float32]:
-        angles = np.arange(n, dtype=np.float32)[:, None] * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
     table = np.empty((rows, columns, 4 * quarter), dtype=np.float32)
-    table[..., : 2 * quarter] = encoded(columns)[None, :, :]
-    table[..., 2 * quarter :] = encoded(rows)[:, None, :]
+    table[..., : 2 * quarter] = _sincos(columns, quarter)[None, :, :]
+    table[..., 2 * quarter :] = _sincos(rows, quarter)[:, None, :]
     return table.reshape(rows * columns, 4 * quarter)
+
+
+@lru_cache(maxsize=256)
+def _sincos(n: int, quarter: int) -> NDArray[np.float32]:
+    """(n, 2 * quarter) float32: sines, then cosines, of each of n places along a side."""
+    frequencies = (1.0 / 10000 ** (np.arange(quarter, dtype=np.float32) / quarter)).astype(np.float32)
+    angles = np.arange(n, dtype=np.float32)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

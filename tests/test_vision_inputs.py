@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from mmchat import vision_inputs
 from mmchat.vision_inputs import MASKED, patches, position_ids, sincos_positions
 
 
@@ -97,18 +98,22 @@ def test_resampler_positions_are_near_the_exact_ones(rows: int, columns: int, wi
     np.testing.assert_allclose(found, np.array(exact), rtol=0, atol=2e-5)
 
 
+@cache
+def all_values() -> NDArray[np.float32]:
+    """What each of the 256 values of a pixel becomes, in patches of one pixel."""
+    return patches(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2), 1)[:, 0]
+
+
 def test_normalisation_equals_the_reference(recorded: dict[str, Any], reference: Path) -> None:
     """All 256 values to the bit, through patches()."""
     lut = json.loads((reference / "pixel_vectors.json").read_text())["norm_lut_f32"]
-    found = patches(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2), 1)[:, 0]
-    np.testing.assert_array_equal(found.view(np.uint32), np.array(lut, np.float32).view(np.uint32))
+    np.testing.assert_array_equal(all_values().view(np.uint32), np.array(lut, np.float32).view(np.uint32))
 
 
 def test_normalisation_rounds_three_times() -> None:
     """2 v / 255 - 1 in one go would differ in the last bit for some v."""
-    values = np.arange(256, dtype=np.float32)
-    wanted = ((values / np.float32(255)) - np.float32(0.5)) / np.float32(0.5)
-    np.testing.assert_array_equal(vision_inputs._NORMALISED, wanted)
+    wanted = [((value / np.float32(255)) - np.float32(0.5)) / np.float32(0.5) for value in np.arange(256, dtype="f4")]
+    np.testing.assert_array_equal(all_values(), np.array(wanted))
     assert (wanted[0], wanted[255]) == (-1, 1)
 
 
@@ -122,7 +127,7 @@ def test_patches_equal_naive_loops(rows: int, columns: int, patch: int, seed: in
     assert found.flags.c_contiguous
     naive = [
         [
-            vision_inputs._NORMALISED[pixels[row * patch + y, column * patch + x, channel]]
+            all_values()[pixels[row * patch + y, column * patch + x, channel]]
             for channel in range(3)
             for y in range(patch)
             for x in range(patch)
