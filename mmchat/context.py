@@ -12,7 +12,7 @@ The system prompt, the newest question, pinned turns and pictures stay, and so d
 comes back by itself, so that the rows that are sent stay the same, and an engine finds them in its cache.
 
 A change makes an engine compute all rows after it anew.  So a trim goes on beyond what fits: down the ladder for as
-long as at least Policy.keep of the cap stays filled; mmchat.rehearsal counts what that saves.  And it spares the
+long as at least Policy.keep of the cap stays filled; mmchat.bench.rehearsal counts what that saves.  And it spares the
 newest turns, as many as take up to Policy.recent of the cap, for as long as there is something older: the picture
 that is talked about now would else become a line before the first greeting goes.  A picture that the question names
 counts as new.

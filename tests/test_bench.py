@@ -215,7 +215,12 @@ def test_bench_work_on_the_demo_model(tmp_path: Path, monkeypatch: pytest.Monkey
     curve = {one["keep"]: one for one in told["overflow_curve"]}
     assert curve[0.5]["rows_ratio"] == overflowing["rows_ratio"] < curve[1.0]["rows_ratio"]
     saved = json.loads((tmp_path / "benchmarks" / "work.json").read_text())
-    assert saved["conversations"] == told["conversations"]
+    assert {name: saved[name] for name in ("conversations", "overflow_curve", "rehearsals")} == {
+        name: told[name] for name in ("conversations", "overflow_curve", "rehearsals")
+    }
+    assert [(one["name"][:2], one["keep"]) for one in told["rehearsals"]] == [
+        ("30", 1.0), ("30", 0.5), ("30", 1.0), ("30", 0.5),
+    ]  # fmt: skip
     assert "Predicted, not measured" in (tmp_path / "benchmarks" / "work.md").read_text()
 
 

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "bundle",
     ),
     ("embedding", "context", "doctor_npu", "profile", "transcript"),
-    ("openvino_graphs", "doctor", "rkllm_model", "probe_runs", "forecast", "rehearsal", "saving"),
+    ("openvino_graphs", "doctor", "rkllm_model", "probe_runs", "forecast", "saving"),
     ("rkllm_answer", "probes", "probe_ladder", "probe_pictures", "openvino_ir"),
     ("openvino_engine", "openvino_vision", "rkllm_embed", "rknn_vision"),
     ("vision_proc", "llm_proc", "probe_child"),

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmchat.bench.rehearsal import Rehearsal, Said, curves, run
+from mmchat.bench.rehearsal import pictures_and_short_answers as chat
 from mmchat.context import Policy
-from mmchat.rehearsal import Rehearsal, Said, run
 
 BOARD = {"cap": 4096, "max_new_tokens": 512}
-
-
-def chat(n_turns: int, n_pictures: int) -> list[Said]:
-    """Short questions and answers, pictures of all sizes in between."""
-    rng = Random(f"{n_turns} {n_pictures}")
-    at = set(rng.sample(range(n_turns), n_pictures))
-    return [
-        Said(rng.randint(8, 25), rng.randint(8, 40), (rng.choice((1, 3, 5, 7, 10)),) if i in at else ())
-        for i in range(n_turns)
-    ]
 
 
 def test_nothing_is_computed_twice_where_everything_fits() -> None:
@@ -41,6 +31,18 @@ def test_keeping_half_of_the_cap_computes_at_most_twice_as_much_and_the_minimum_
     assert ratios == sorted(ratios)
     assert curve[1.0].ratio > 1.5 * curve[0.5].ratio
     assert curve[1.0].n_trims > 2 * curve[0.5].n_trims
+
+
+def test_keeping_half_is_better_than_the_minimum_in_each_recorded_conversation() -> None:
+    """Long answers in text alone are trimmed often, whatever a trim keeps."""
+    found = curves((1.0, 0.5))
+    for least, half in zip(found[::2], found[1::2], strict=True):
+        assert (least["name"], least["keep"], half["keep"]) == (half["name"], 1.0, 0.5)
+        assert half["trims"] < least["trims"]
+        assert half["kept_least"] >= 0.5
+        assert half["rows_ratio"] == half["rows_prefilled"] / half["rows_new"] < 0.7 * least["rows_ratio"]
+        assert half["rows_new"] == least["rows_new"] or least["name"].startswith("30 turns")
+    assert len({one["name"] for one in found}) == 2
 
 
 def test_a_trim_is_not_followed_by_another_at_once() -> None:

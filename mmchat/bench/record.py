@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mmchat
-from mmchat.bench import board, work
+from mmchat.bench import board, rehearsal, work
 from mmchat.bench.conversations import OVERFLOW
 from mmchat.context import Policy
 from mmchat.forecast import PUBLISHED_RK3588
@@ -59,7 +59,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Everything in a result, as tables."""
     made = []
     if "conversations" in found:
-        made += [_work(found["conversations"]), _curve(found["overflow_curve"]), _board(found["conversations"])]
+        made += [_work(found["conversations"]), _curve(found["overflow_curve"]), _rehearsals(found["rehearsals"])]
+        made.append(_board(found["conversations"]))
     if "chat" in found:
         made.append(_chat(found["chat"]))
     if "host" in found:
@@ -96,7 +97,7 @@ def save(found: dict[str, Any], folder: Path) -> list[Path]:
             continue
         part = {**about, key: found[key]}
         if key == "conversations":
-            part["overflow_curve"] = found["overflow_curve"]
+            part |= {name: found[name] for name in ("overflow_curve", "rehearsals")}
         for suffix, text in (
             (".json", json.dumps(part, indent=1) + "\n"),
             (".md", f"# {section}\n\n{to_markdown(part)}"),
@@ -126,23 +127,37 @@ def _work(conversations: list[dict[str, Any]]) -> Table:
     return Table("Work", note, ("conversation", "engine", "slices", "ratio", "rows", "ratio"), rows)
 
 
-def _curve(curve: list[dict[str, Any]]) -> Table:
+_TRIMMED = ("keep", "least left", "trims", "rows", "ratio")
+
+
+def _trimmed(one: dict[str, Any]) -> tuple[str, ...]:
+    """A row below _TRIMMED."""
     remarks = {1.0: " (the minimum is trimmed)", Policy().keep: " (the default)"}
-    rows = [
-        (
-            f"{one['keep']:g}{remarks.get(one['keep'], '')}",
-            "-" if one["kept_least"] is None else f"{one['kept_least']:.2f}",
-            str(one["trims"]),
-            f"{one['rows_prefilled']} / {one['rows_new']}",
-            f"{one['rows_ratio']:.2f}",
-        )
-        for one in curve
-    ]
+    return (
+        f"{one['keep']:g}{remarks.get(one['keep'], '')}",
+        "-" if one["kept_least"] is None else f"{one['kept_least']:.2f}",
+        str(one["trims"]),
+        f"{one['rows_prefilled']} / {one['rows_new']}",
+        f"{one['rows_ratio']:.2f}",
+    )
+
+
+def _rehearsals(rehearsals: list[dict[str, Any]]) -> Table:
+    note = (
+        f"The same for {rehearsal.CONTEXT_ROWS} rows of context, as boards have, counted by the planner from sizes "
+        f"alone (`mmchat.bench.rehearsal`): nothing ran. Answers of up to {rehearsal.MAX_NEW_TOKENS} tokens."
+    )
+    rows = [(one["name"], *_trimmed(one)) for one in rehearsals]
+    return Table("Overflow of a board's context", note, ("conversation", *_TRIMMED), rows)
+
+
+def _curve(curve: list[dict[str, Any]]) -> Table:
+    rows = [_trimmed(one) for one in curve]
     note = (
         f'"{OVERFLOW.name}", {OVERFLOW.context_rows} rows of context, OpenVINO: rows prefilled per new row over the '
         "share of the cap that a trim is asked to leave (`Policy.keep`), and the least that one left."
     )
-    return Table("Overflow", note, ("keep", "least left", "trims", "rows", "ratio"), rows)
+    return Table("Overflow", note, _TRIMMED, rows)
 
 
 def _board(conversations: list[dict[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mmchat
+from mmchat.bench import rehearsal
 from mmchat.bench.board import Work, predicted_s
 from mmchat.bench.conversations import OVERFLOW, STANDARD, Ask, Conversation
 from mmchat.bench.pictures import draw
@@ -244,7 +245,8 @@ def describe(counted: Counted, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def run(model: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """All conversations, and the overflowing one over the share of the cap that a trim leaves.
+    """All conversations, and the overflowing one over the share of the cap that a trim leaves; and that in the planner
+    alone, for a board's context.
 
     Raises what opening the model and asking raise.
     """
@@ -268,4 +270,4 @@ def run(model: str, say: Callable[[str], None]) -> dict[str, Any]:
         figures = hold(replace(OVERFLOW, policy=Policy(keep=keep)))[0]
         names = ("trims", "kept_least", "rows_prefilled", "rows_new", "rows_ratio", "slices_ratio")
         curve.append({"keep": keep, **{name: figures[name] for name in names}})
-    return {"conversations": found, "overflow_curve": curve}
+    return {"conversations": found, "overflow_curve": curve, "rehearsals": rehearsal.curves(KEEPS)}

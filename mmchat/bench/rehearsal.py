@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from mmchat.context import Conversation, Policy, fit
@@ -16,6 +17,9 @@ from mmchat.errors import ContextFull
 from mmchat.prompt import Message, Picture, Text
 from mmchat.record import ImageHandle, Marks, Turn, Usage
 from mmchat.slicing import SlicePlan
+
+# What a board has, and the longest answer that it is asked for.
+CONTEXT_ROWS, MAX_NEW_TOKENS = 4096, 512
 
 _WORD = "."  # a text of one row
 _HEADER = ["assistant"] * 3
@@ -52,9 +56,17 @@ class Rehearsal:
     is_refused: bool
 
     @property
+    def prefilled(self) -> int:
+        return sum(turn.prefilled for turn in self.turns)
+
+    @property
+    def new(self) -> int:
+        return sum(turn.new for turn in self.turns)
+
+    @property
     def ratio(self) -> float:
         """Rows prefilled per row that is new; 1.0 where nothing is ever computed twice."""
-        return sum(turn.prefilled for turn in self.turns) / max(1, sum(turn.new for turn in self.turns))
+        return self.prefilled / max(1, self.new)
 
     @property
     def n_trims(self) -> int:
@@ -64,6 +76,49 @@ class Rehearsal:
     def kept(self) -> int:
         """The fewest rows that a trim left; 0 where there was none."""
         return min((turn.rows for turn in self.turns if turn.changes), default=0)
+
+
+def pictures_and_short_answers(n_turns: int, n_pictures: int) -> list[Said]:
+    """Pictures of all sizes at random turns."""
+    rng = Random(f"{n_turns} {n_pictures}")
+    at = set(rng.sample(range(n_turns), n_pictures))
+    return [
+        Said(rng.randint(8, 25), rng.randint(8, 40), (rng.choice((1, 3, 5, 7, 10)),) if i in at else ())
+        for i in range(n_turns)
+    ]
+
+
+def long_answers(n_turns: int) -> list[Said]:
+    """Text alone, most of it answers."""
+    rng = Random(f"{n_turns}")
+    return [Said(rng.randint(8, 60), rng.randint(100, 400)) for _ in range(n_turns)]
+
+
+_SCRIPTS = {
+    "30 turns, 20 images": pictures_and_short_answers(30, 20),
+    "300 turns of text, long answers": long_answers(300),
+}
+
+
+def curves(keeps: Sequence[float]) -> list[dict[str, Any]]:
+    """What each script computes per new row in a board's context, over the share of it that a trim leaves at least."""
+    found = []
+    for name, script in _SCRIPTS.items():
+        for keep in keeps:
+            result = run(script, cap=CONTEXT_ROWS, max_new_tokens=MAX_NEW_TOKENS, policy=Policy(keep=keep))
+            found.append(
+                {
+                    "name": name,
+                    "context_rows": CONTEXT_ROWS,
+                    "keep": keep,
+                    "trims": result.n_trims,
+                    "kept_least": result.kept / CONTEXT_ROWS if result.n_trims else None,
+                    "rows_prefilled": result.prefilled,
+                    "rows_new": result.new,
+                    "rows_ratio": result.ratio,
+                }
+            )
+    return found
 
 
 def run(
