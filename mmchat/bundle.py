@@ -5,7 +5,7 @@ A file of sections (mmchat.sections) of these kinds:
     SETT  settings and model; the last one counts
     TURN  n: turns before it; more: turns that are still to come; the turn; with the last one, state
     STAT  n: turns that are left; state
-    PICT  id: SHA-256 of the data, which is a picture's file
+    PICT  id: a SHA-256 of what the picture was made of; the data is its file
     ROWS  key, rows, width; the data is an embedding, float32
 
 A turn replaces the one that had its place and all after it, so taking turns back, asking again and going on are all
@@ -664,7 +664,7 @@ def plain_name(name: str) -> str:
 
 def visible(text: str) -> str:
     """Text that commands no terminal and turns no line around: of control characters, only ends of lines and tabs."""
-    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
 
 
 def _settings(values: _Fields) -> SavedSettings:

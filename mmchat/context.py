@@ -41,7 +41,12 @@ Step = Literal["overview", "line", "turns"]
 # A picture becomes a line only where that saves this part of its rows.
 _LINE_SAVES = 1 / 3
 _DESCRIPTION_CHARS = 100
-_MENTION = re.compile(r"(?<![\w@])@(img[1-9][0-9]{0,8})(?!\w)")
+# Letters of scripts that put no spaces between words (Thai to Khmer, Chinese, Japanese), or particles at their ends
+# (Korean): a word may begin or end beside them.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
+)
+_MENTION = re.compile(rf"(?:(?<![\w@])|(?<=[{UNSPACED}]))@(img[1-9][0-9]{{0,8}})(?:(?!\w)|(?=[{UNSPACED}]))")
 
 Part = str | ImageHandle
 

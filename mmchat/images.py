@@ -214,17 +214,17 @@ def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
 def to_file(image: Image, *, lossy: bool = False) -> bytes:
     """An RGB image as a file's content: the same pixels as WebP, or as PNG where it is too large for that.
 
-    lossy: JPEG, much smaller, with other pixels.
+    lossy: JPEG, much smaller, with other pixels.  No metadata: Pillow would hand on a comment, or a colour profile.
     """
     from PIL import features
 
     file = io.BytesIO()
     if lossy and max(image.size) <= _JPEG_SIDE:
-        image.save(file, "JPEG", quality=_JPEG_QUALITY)
+        image.save(file, "JPEG", quality=_JPEG_QUALITY, comment=b"")
     elif max(image.size) <= _WEBP_SIDE and features.check("webp"):
         image.save(file, "WEBP", lossless=True, quality=0, method=0)  # quality: here the time to be spent
     else:
-        image.save(file, "PNG", compress_level=1)
+        image.save(file, "PNG", compress_level=1, icc_profile=None)
     return file.getvalue()
 
 

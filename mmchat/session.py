@@ -91,15 +91,15 @@ class Session:
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
         self.system = system
-        self.max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
-        self.use_image_id = spec.use_image_id if use_image_id is None else use_image_id
-        self.reference_pixels = reference_pixels
-        self.policy = Policy.of(policy)
+        self._max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
+        spec.slices.plan((1, 1), self._max_slice_nums)  # refuses an impossible one now
+        self._use_image_id = bool(spec.use_image_id if use_image_id is None else use_image_id)
+        self._reference_pixels = bool(reference_pixels)
+        self._policy = Policy.of(policy)
         self.sampling = dict(sampling or {})
         self.notes = tuple(notes)
         self.unsaved: str | None = None
-        spec.slices.plan((1, 1), self.max_slice_nums)  # refuses an impossible one now
-        self._sampling({})  # and impossible values
+        self._sampling({})  # refuses impossible values now
         self._counter = RowCounter(tokenizer, query_num=spec.vision.query_num, use_image_id=self.use_image_id)
         self._turns: tuple[Turn, ...] = tuple(turns)
         self._marks = (marks or Marks()).of(self._turns)
@@ -109,6 +109,30 @@ class Session:
         self._journal: Journal | None = None
         self._keeper: Keeper | None = None
         self._came_as = came_as
+
+    @property
+    def max_slice_nums(self) -> int:
+        """The most cells that a new picture is cut into."""
+        return int(self._max_slice_nums)
+
+    @property
+    def use_image_id(self) -> bool:
+        """Whether pictures are sent with their numbers."""
+        return self._use_image_id
+
+    @property
+    def reference_pixels(self) -> bool:
+        """Whether new pictures are read by the published processor's rules."""
+        return self._reference_pixels
+
+    @property
+    def policy(self) -> Policy:
+        """What goes first when the context is full; may be set, to anything that Policy.of takes."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: Policy | str | Sequence[str] | None) -> None:
+        self._policy = Policy.of(value)
 
     @property
     def turns(self) -> list[Turn]:
@@ -174,8 +198,9 @@ class Session:
     ) -> Reply:
         """Another question in the place of a turn's (numbered from 1), and the conversation goes on from there.
 
-        images: None keeps the turn's pictures, before the question.  The turn and those after it are replaced when
-        the answer is recorded, and stay where there is none (an error; cancelled before anything was shown).
+        images: None keeps the turn's pictures, before the question; but where text is a list, it names them all.  The
+        turn and those after it are replaced when the answer is recorded, and stay where there is none (an error;
+        cancelled before anything was shown).
 
         Raises what ask() raises, and SessionError where there is no such turn.
         """
@@ -189,10 +214,11 @@ class Session:
 
         Greedy answers do not change: give a temperature, or another seed.
 
-        Raises SessionError where there is no turn yet.
+        Raises SessionError where there is no turn yet; when run, where there is a later one by then.
         """
         last = self._turn(len(self._turns) or 1)
-        return Reply(self, self._prepare_all(list(last.parts), ()), self._sampling(sampling), base=len(self._turns) - 1)
+        base = len(self._turns) - 1
+        return Reply(self, self._prepare_all(list(last.parts), ()), self._sampling(sampling), base=base, is_newest=True)
 
     # The record
 
@@ -283,19 +309,24 @@ class Session:
 
     # Files
 
-    def save(self, path: str | Path, *, images: str = "original", embeddings: bool = False) -> None:
+    def save(self, path: str | Path, *, images: str | None = None, embeddings: bool | None = None) -> None:
         """Write the conversation to a file, whole or not at all; Runtime.load opens it, here or elsewhere.
 
-        images: "original" keeps the pictures' files; "reencoded" their pixels without loss and without metadata;
-            "jpeg" JPEGs, which are smaller and other pixels; "none" none: then they can be asked about for as long as
-            a store has their embeddings.  A picture that came without a file is kept without loss.
+        images: "original" keeps the pictures' files; "reencoded" the pixels that were used (of a JPEG much larger than
+            its views, fewer than it has) without loss and without metadata; "jpeg" JPEGs, which are smaller and other
+            pixels; "none" none: then they can be asked about for as long as a store has their embeddings.  A picture
+            that came without a file is kept without loss.
         embeddings: keep them too, so that nothing need be encoded again where the same model runs.
+
+        None: as the file that autosave keeps up to date has it, where that is written anew; else "original", without.
 
         Raises BundleError: it cannot be written, or another conversation is being saved there.
         """
-        keeper = self._keeper_of(images, embeddings)
+        is_own = self.saved_to is not None and same_place(self.saved_to, path)
+        form, with_rows = (self.saved_form, self.saves_embeddings) if is_own else ("original", False)
+        keeper = self._keeper_of(images or form, with_rows if embeddings is None else embeddings)
         record = self._saved(keeper)
-        if self.saved_to is not None and same_place(self.saved_to, path):
+        if is_own:
             with self.claim("saving"):
                 assert self._journal is not None
                 self._journal.rewrite(record, keeper.picture, keeper.rows)
@@ -364,7 +395,8 @@ class Session:
     def _saved(self, keeper: Keeper) -> SavedRecord:
         turns, marks = self._turns, self._marks
         model = saved_model(self._spec, self._tokenizer, pictures=bool(_images_of(turns)))
-        sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in self.sampling.items()}
+        chosen = self._sampling({}).to_dict()
+        sampling = {name: chosen[name] for name in self.sampling}
         settings = SavedSettings(
             self.system,
             self.max_slice_nums,
@@ -461,7 +493,7 @@ class Session:
     def _prepare(self, source: ImageSource | ImageHandle) -> _Prepared:
         if isinstance(source, ImageHandle):
             if source.keys not in [image.keys for image in self.images]:
-                raise SessionError(f"{source.id} is a picture of another conversation: give its file")
+                raise SessionError(f"{source.id} is not in this conversation, or not any more: give its file")
             pixels = source.pixels
             return _Prepared(source.name, source.plan, source.keys, pixels, pixels, source.original, handle=source)
         path = name = ""
@@ -551,7 +583,8 @@ class Session:
         self, turns: Sequence[Turn], question: Sequence[str | ImageHandle], prompt: Prompt, reused: int
     ) -> int:
         """Slices of the question's pictures, and of those whose rows the engine computes again, that are nowhere."""
-        own, again, end = {key for image in images_in(question) for key in image.keys}, set(), 0
+        sent = [piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)]
+        own, again, end = {key for image in images_in(question) for key in image.keys}.intersection(sent), set(), 0
         for piece in prompt.pieces:
             end += piece.n_rows
             if end > reused and isinstance(piece, ImageRows):
@@ -565,10 +598,12 @@ class Session:
 
     # Running
 
-    def run(self, reply: Reply, prepared: Sequence[str | _Prepared], base: int | None) -> Generator[str, None, None]:
+    def run(
+        self, reply: Reply, prepared: Sequence[str | _Prepared], base: int | None, is_newest: bool
+    ) -> Generator[str, None, None]:
         """One turn: see what fits, encode what the store lacks, generate, record.  Yields the answer's text.
 
-        base: how many turns the new one comes after; None: all.  For who holds the claim.
+        base, is_newest: see Reply.  For who holds the claim.
         """
         started = time.perf_counter()
         question: tuple[str | ImageHandle, ...] = ()
@@ -579,6 +614,8 @@ class Session:
         try:
             if base is not None and base >= len(self._turns):
                 raise SessionError(f"turn {base + 1}, which was to be replaced, is not there any more")
+            if base is not None and is_newest and base + 1 < len(self._turns):
+                raise SessionError(f"turn {base + 1}, which was to be answered again, is not the last any more")
             question = self._question(prepared, turns)
             marks = self._marks.of(turns)
             if base is not None:
@@ -629,8 +666,9 @@ class Session:
         longest: int | None = None
         while True:
             reply.plan_so_far, prompt = self._plan(turns, marks, question, reply.sampling, longest)
-            with self._store.lease({piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}):
-                self._encode(reply, prepared)
+            sent = {piece.key for piece in prompt.pieces if isinstance(piece, ImageRows)}
+            with self._store.lease(sent):
+                self._encode(reply, prepared, sent)
                 try:
                     yield from self._generate(reply, prompt, [*_images_of(turns), *images_in(question)], shown)
                     return
@@ -643,16 +681,19 @@ class Session:
         """The tokens of exactly the text that was shown: more may have been generated, or held back."""
         return tuple(ids_of_text(ids, text, self._tokenizer.token_bytes, self._tokenizer.encode))
 
-    def _encode(self, reply: Reply, prepared: Sequence[str | _Prepared]) -> None:
+    def _encode(self, reply: Reply, prepared: Sequence[str | _Prepared], sent: set[str] | None = None) -> None:
+        """sent: keys of what the prompt has (a picture that was forgotten needs none); None: all may be sent."""
         wanted = [part for part in prepared if not isinstance(part, str)]
         missing: dict[str, NDArray[np.uint8]] = {}
+        n_slices = 0
         for part in wanted:
-            lacking = {key for key in part.keys if not self._store.has(key)}
+            keys = [key for key in part.keys if sent is None or key in sent]
+            n_slices += len(keys)
+            lacking = {key for key in keys if not self._store.has(key)}
             if lacking and part.handle is not None:
                 missing.update(self._make_again([part.handle], lacking))
             elif lacking:
                 missing.update(pair for pair in zip(part.keys, part.slices(), strict=True) if pair[0] in lacking)
-        n_slices = sum(len(part.keys) for part in wanted)
         counted = reply.usage_so_far.slices_encoded + reply.usage_so_far.slices_cached  # by encode_ahead
         reply.count(slices_cached=max(0, n_slices - len(missing) - counted))
         self._encode_slices(reply, missing)
@@ -747,8 +788,12 @@ class Reply:
         sampling: Sampling,
         *,
         base: int | None = None,
+        is_newest: bool = False,
     ) -> None:
-        """base: how many turns of the session it comes after, in place of what is there; None: all."""
+        """base: how many turns of the session it comes after, in place of what is there; None: all.
+
+        is_newest: what is there must be one turn, when it runs.
+        """
         if sampling.seed is None:  # drawn here, so that a crashed worker's successor goes on with the same one
             sampling = replace(sampling, seed=time.time_ns() & 0x7FFF_FFFF)
         self.sampling = sampling
@@ -757,7 +802,7 @@ class Reply:
         self.usage_so_far = Usage()
         self.reason_so_far: StopReason = "cancelled"
         self.plan_so_far: Plan | None = None
-        self._session, self._base = session, base
+        self._session, self._base, self._is_newest = session, base, is_newest
         self._prepared: tuple[str | _Prepared, ...] | None = prepared  # None: it has run
         self._chunks: list[str] = []
         self._error: BaseException | None = None
@@ -776,7 +821,7 @@ class Reply:
         with self._session.claim():
             prepared, self._prepared = self._prepared, None
             try:
-                with contextlib.closing(self._session.run(self, prepared, self._base)) as texts:
+                with contextlib.closing(self._session.run(self, prepared, self._base, self._is_newest)) as texts:
                     for text in texts:
                         self._chunks.append(text)
                         yield text
@@ -827,8 +872,9 @@ class Reply:
 
         Where the encoder and the LLM share an NPU, it waits for its turn.  Raises EngineError, StoreError.
         """
-        if self._prepared is not None:
-            self._session._encode(self, self._prepared)
+        prepared = self._prepared  # another thread may begin to run it
+        if prepared is not None:
+            self._session._encode(self, prepared)
 
     def cancel(self) -> None:
         """End the answer soon; from any thread.  What was shown is kept."""

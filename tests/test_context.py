@@ -416,6 +416,9 @@ def test_image_ids_count_the_pictures_that_are_sent() -> None:
         ("@img2 and @img10, @img2", ["img2", "img10"]),
         ("(@img1)", ["img1"]),
         ("me@img1.com @img1x @img01 @img @img0 @@img1 img1", []),
+        ("看一下@img1的颜色，@img2の色は？", ["img1", "img2"]),
+        ("@img3은 무엇입니까, เทียบ@img4กับ", ["img3", "img4"]),
+        ("é@img1 @img2é я@img3", []),
     ],
 )
 def test_what_is_a_mention(text: str, names: list[str]) -> None:

@@ -980,13 +980,35 @@ def test_a_name_in_a_question_is_sent_as_the_pictures_number(setup: Setup) -> No
     assert setup.chat.turns[-1].parts == ("Is @img2 like @img1 and @img9?",)  # the record has what was typed
 
 
+def test_only_the_newest_turn_is_answered_again(setup: Setup) -> None:
+    """A regenerate() that was made before another question would take that one's turn away."""
+    setup.ask("One.", "1")
+    again = setup.chat.regenerate()
+    setup.ask("Two.", "2")
+    with pytest.raises(SessionError, match="turn 1, which was to be answered again, is not the last any more"):
+        again.text  # noqa: B018
+    assert [turn.text for turn in setup.chat.turns] == ["One.", "Two."]
+    replies = [setup.chat.regenerate(), setup.chat.regenerate()]
+    assert [setup.says(text) and reply.text for text, reply in zip(("a", "b"), replies, strict=True)] == ["a", "b"]
+    assert [turn.text for turn in setup.chat.turns] == ["One.", "b"]
+
+
+def test_a_forgotten_picture_is_not_encoded_when_its_question_is_asked_again(setup: Setup) -> None:
+    setup.ask("One.", "What?", PICTURES)
+    setup.chat.forget("img3")
+    setup.store.clear()
+    again = setup.says("Uno.").chat.regenerate()
+    assert again.plan.slices_new == again.usage.slices_encoded == 2
+    assert (again.text, again.usage.slices_cached) == ("Uno.", 0)
+
+
 def test_a_picture_of_the_conversation_is_shown_again_under_a_new_id(setup: Setup) -> None:
     fill(setup, 1)
     reply = setup.ask("Yes.", "And again?", setup.chat.images)
     assert [image.id for image in setup.chat.images] == ["img1", "img2"]
     assert setup.chat.images[0].keys == setup.chat.images[1].keys
     assert (reply.usage.slices_encoded, reply.usage.slices_cached) == (0, 5)
-    with pytest.raises(SessionError, match="picture of another conversation"):
+    with pytest.raises(SessionError, match="img1 is not in this conversation, or not any more"):
         setup.another().ask("What?", setup.chat.images)
 
 

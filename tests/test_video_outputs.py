@@ -291,6 +291,10 @@ def test_a_line_that_is_no_caption_is_told(line: str, tmp_path: Path) -> None:
         ("a.b", "a+b", False),
         ("été", "Été", True),
         ("", "yes", False),
+        ("图中有人。", "有人", True),
+        ("사람이 있다", "사람", True),
+        ("который час", "кот", False),
+        ("voituré", "voiture", False),
     ],
 )
 def test_words_match_as_words(text: str, wanted: str, there: bool) -> None:

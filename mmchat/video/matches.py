@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 
+from mmchat.context import UNSPACED
 from mmchat.errors import VideoError
 from mmchat.video.values import Caption
 
@@ -16,8 +17,11 @@ COMMAND_S = 60.0
 
 
 def matches(text: str, wanted: str) -> bool:
-    """Whether the words stand in the text, as whole words, in upper or lower case."""
-    return re.search(rf"(?<!\w){re.escape(wanted.strip())}(?!\w)", text, re.IGNORECASE) is not None
+    """Whether the words stand in the text, as whole words where a script has spaces, in upper or lower case."""
+    wanted = wanted.strip()
+    before = rf"(?:(?<!\w)|(?<=[{UNSPACED}])|(?=[{UNSPACED}]))"
+    after = rf"(?:(?!\w)|(?=[{UNSPACED}])|(?<=[{UNSPACED}]))"
+    return re.search(before + re.escape(wanted) + after, text, re.IGNORECASE) is not None
 
 
 class Command:
