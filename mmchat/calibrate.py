@@ -2,8 +2,9 @@
 
 Every probe (mmchat.probes, probe_ladder, probe_pictures) runs in a child that may crash: a crash is a result.  Results
 are written to the profile one by one, so that an interrupted calibration goes on where it was; a probe that was begun
-twice and never ended counts as crashed, for it may have taken the whole board with it.  From the findings follows the
-strategy of mmchat.rkllm_embed:
+twice and never ended counts as crashed, for it may have taken the whole board with it.  One that failed otherwise (a
+package that is missing) runs again the next time; after a damaged file was replaced, all do.  From the findings follows
+the strategy of mmchat.rkllm_embed:
 
     append   where long runs crash, and prompts can be fed in several
     prefix   else, where the library reuses a prefix, generated rows included, and answers as if it had not
@@ -16,6 +17,7 @@ What a run costs on the NPU beside time, and memory that is not the process's ow
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,20 +119,31 @@ class _Calibration:
                 lambda: pictures(runs, sight, _chosen(self._profile.probes)),
             )
         try:
+            if self._profile.probes.get("files", {}).get("good") is False:
+                self._step = Step(0, len(probes), "reading every file again")
+                if self._files()["good"]:  # what was measured was measured on a damaged one
+                    self._profile.update(probes={"files": {"good": True}})
             self._say(Step(0, len(probes), "loading the model"))
-            facts = self._worker.ready()
+            facts, stopped = self._worker.ready(), None
             for number, (name, (title, probe)) in enumerate(probes.items(), 1):
                 found = self._profile.probes.get(name)
-                if found is not None and "begun" not in found:
+                if found is not None and not {"begun", "failed"}.intersection(found):
                     continue
                 self._step = Step(number, len(probes), title)
                 self._say(self._step)
-                self._profile.keep_probe(name, self._result(name, probe, found or {}))
-                if "stopped" in self._profile.probes[name]:
+                try:
+                    self._worker.ready()
+                except MmchatError as error:  # after a crash
+                    stopped = str(error)
+                else:
+                    begun = {} if found is None or "failed" in found else found
+                    self._profile.keep_probe(name, self._result(name, probe, begun))
+                    stopped = self._profile.probes[name].get("stopped")
+                if stopped is not None:
                     break  # what follows would fail, too, and for that alone
         finally:
             self._worker.close()
-        return self._conclude(facts)
+        return self._conclude(facts, stopped)
 
     def _detail(self, text: str, part: float) -> None:
         self._say(replace(self._step, detail=text, part=part))
@@ -160,10 +173,11 @@ class _Calibration:
         except MmchatError as error:
             return {"failed": str(error)}
 
-    def _conclude(self, facts: dict[str, Any]) -> Report:
-        probes = self._profile.probes
+    def _conclude(self, facts: dict[str, Any], stopped: str | None) -> Report:
+        """stopped: why the model did not load again."""
+        probes = _also_lacking(self._profile.probes)
         chosen = _chosen(probes)
-        shown = probes.get("pictures", {})
+        shown = probes["pictures"]
         # By the encoder's worker it may crash: that says nothing of the LLM's cache.
         untold = "crashed" in shown and shown.get("worker") != "vision"
         if shown.get("bound") is False or untold or shown.get("strategy") == "resend":
@@ -176,14 +190,20 @@ class _Calibration:
             crashed_rows=sorted(lengths.get("crashed", [])),
             prefill_rows_per_s=_rows_per_s(lengths) or speed.get("prefill_rows_per_s"),
             decode_tokens_per_s=speed.get("decode_tokens_per_s"),
-            encode_s_per_slice=probes.get("encoder", {}).get("s_per_slice"),
+            encode_s_per_slice=probes["encoder"].get("s_per_slice"),
         )
-        advice = tuple(_advice(facts, probes, self._profile))
-        return Report(self._library, self._profile, facts, dict(probes), advice)
+        advice = tuple(_advice(facts, probes, self._profile, stopped))
+        return Report(self._library, self._profile, facts, dict(self._profile.probes), advice)
+
+
+def _also_lacking(probes: dict[str, Any]) -> defaultdict[str, dict[str, Any]]:
+    """What was found, and nothing under the name of a probe that did not run."""
+    return defaultdict(dict, probes)
 
 
 def _chosen(probes: dict[str, Any]) -> dict[str, Any]:
     """The profile's findings (mmchat.rkllm_embed.Findings), from all probes but that of the pictures."""
+    probes = _also_lacking(probes)
     repeats = probes["repeats"].get("good", False)
     append, prefix = probes["append"], probes["prefix"]
     worked, crashed = (probes["ladder"].get(name, []) for name in ("worked", "crashed"))
@@ -213,17 +233,19 @@ def _rows_per_s(lengths: dict[str, Any]) -> float | None:
     return round(sum(map(int, seconds)) / sum(seconds.values()), 1) if sum(seconds.values()) > 0 else None
 
 
-def _advice(facts: dict[str, Any], probes: dict[str, Any], profile: Profile) -> Iterator[str]:
+def _advice(
+    facts: dict[str, Any], probes: defaultdict[str, dict[str, Any]], profile: Profile, stopped: str | None
+) -> Iterator[str]:
     if not probes["files"].get("good", True):
         yield probes["files"]["why"]
-    for name, result in probes.items():
+    for name, result in list(probes.items()):
         if "crashed" in result and name != "ladder":
             yield f"the probe {name!r} crashed ({result['crashed']}): what it would have found counts as not working"
         if "failed" in result:
-            yield f"the probe {name!r} failed: {result['failed']}"
-    if not probes["repeats"].get("good", False):
+            yield f"the probe {name!r} failed: {result['failed']} (it runs again with the next mmchat calibrate)"
+    if probes["repeats"].get("good") is False:
         yield "the same question got different answers: nothing can be told from answers here"
-    shown = probes.get("pictures", {})
+    shown = probes["pictures"]
     if shown.get("bound") is False:
         yield "pictures were mixed up by what the library keeps: it is told to keep nothing"
     if shown.get("asked", 0) > 2 * shown.get("named", 0):
@@ -237,9 +259,14 @@ def _advice(facts: dict[str, Any], probes: dict[str, Any], profile: Profile) -> 
         yield "a turn prefills what is new; an edited or regenerated turn prefills everything"
     elif not profile.rewinds:
         yield "pictures of equal size are mixed up without emptying the cache: an edited turn prefills everything"
-    if "stopped" in probes["ladder"]:
+    if profile.strategy != "resend" and shown.get("n_prefilled", 0) > 2 * shown.get("n_new", 0):
         yield (
-            f"the model did not load again after a crash ({probes['ladder']['stopped']}): restart the board and run "
+            f"yet {shown['n_prefilled']} rows were prefilled in a chat where {shown['n_new']} were new: what the "
+            "library says it keeps does not add up"
+        )
+    if stopped is not None:
+        yield (
+            f"the model did not load again after a crash ({stopped}): restart the board and run "
             "mmchat calibrate again, which goes on there"
         )
     if odd := probes["ladder"].get("odd"):
@@ -248,8 +275,8 @@ def _advice(facts: dict[str, Any], probes: dict[str, Any], profile: Profile) -> 
         yield f"longer runs than {profile.safe_rows} rows crash: longer prompts are fed in parts"
     elif profile.safe_rows is not None:
         yield f"longer runs than {profile.safe_rows} rows crash and are refused: fewer slices, shorter conversations"
-    growth = probes.get("memory", {}).get("mb_per_run", 0)
+    growth = probes["memory"].get("mb_per_run", 0)
     if growth > 0.5:
         yield f"every run loses {growth} MB: end mmchat now and then"
-    if not probes["abort"].get("usable", False):
+    if probes["abort"].get("usable") is False:
         yield "after an abort the answers are wrong: let answers end"

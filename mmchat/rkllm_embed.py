@@ -50,6 +50,7 @@ from mmchat.rkllm_model import Perf, Returned, RkllmModel, settings
 Strategy = Literal["resend", "prefix", "append"]
 
 _CUTS = 3  # attempts to feed a prompt in several runs
+_UNCLEAR = 3  # runs, one after the other, after which nobody knows what the cache holds
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class RkllmEngine:
         self._safe_rows, self._rewinds = findings.safe_rows, findings.rewinds
         self.strategy: Strategy = _possible(findings.strategy, self._model.family)
         self._chunks = findings.chunks and self._model.family.run_sampling
-        self._n_misfed = 0  # in a row
+        self._n_misfed = self._n_unclear = 0  # in a row
         self._held: list[RowKey] | None = None  # what the KV cache holds; None: nobody knows
 
     @property
@@ -303,11 +304,13 @@ class RkllmEngine:
         kv = self._model.kv_rows()
         n_fed = -1 if kv is None else kv - len(wanted)
         fed: list[RowKey] = [*wanted, *answer.ids[answer.n_resumed :]]
+        n_unclear, self._n_unclear = self._n_unclear, 0
         if n_fed == n_answer + 1 and answer.stop_id is not None:
             return [*fed, answer.stop_id]
         if max(0, n_answer - 1) <= n_fed <= n_answer:
             return fed[: len(wanted) + n_fed]
-        if self.strategy == "append":
+        self._n_unclear = n_unclear + 1
+        if self.strategy == "append" or self._n_unclear == _UNCLEAR:
             self._distrust(f"{kv} rows are cached where {len(wanted)} were sent and {n_answer} generated")
         return None
 

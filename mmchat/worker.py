@@ -179,8 +179,9 @@ class Worker:
         try:
             descriptors = (theirs.fileno(), their_lifeline)
             process = subprocess.Popen(
+                # -u: C's stdout too, so that nothing that was printed is lost in a buffer when the child crashes.
                 # The name is for people who look at a list of processes.
-                [sys.executable, "-c", _PROGRAM, *map(str, descriptors), f"mmchat-{self.name}-worker", *sys.path],
+                [sys.executable, "-u", "-c", _PROGRAM, *map(str, descriptors), f"mmchat-{self.name}-worker", *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

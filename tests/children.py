@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import signal
 import struct
 import sys
 import time
@@ -67,6 +69,14 @@ def do_exit(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any
     yield {"i": 0}
     print("last words", file=sys.stderr, flush=True)
     os._exit(42)
+
+
+def do_print_and_crash(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
+    """As vendor code prints, which flushes nothing."""
+    ctypes.CDLL(None).printf(b"E rkllm: words of a C library\n")
+    print("words of its Python")
+    yield {"i": 0}
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def do_talk(request: Request, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:

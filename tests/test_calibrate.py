@@ -261,6 +261,70 @@ def test_a_model_that_does_not_load_again_says_nothing_of_lengths(board: Any, mo
 
 
 @pytest.mark.usefixtures("short_ladder")
+def test_what_failed_for_a_missing_package_runs_again(
+    board: Any, sight: Sight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = board()
+    with monkeypatch.context() as patch:
+        patch.setattr("mmchat.calibrate.encoder", lambda *_: (_ for _ in ()).throw(EngineError("no Lite2")))
+        report = run(folder, sight=sight)
+    assert report.probes["encoder"] == {"failed": "no Lite2"}
+    assert any("'encoder' failed: no Lite2 (it runs again with the next" in text for text in report.advice)
+    said: list[str] = []
+    report = run(folder, sight=sight, say=lambda step: said.append(step.title))
+    assert set(said) == {"loading the model", "the encoder's speed"}
+    assert report.probes["encoder"]["s_per_slice"] > 0
+    assert not any("failed" in text for text in report.advice)
+
+
+@pytest.mark.usefixtures("short_ladder")
+def test_a_file_that_was_damaged_is_measured_anew_when_it_is_whole(board: Any) -> None:
+    folder = board()
+    text = (folder / "mmchat.json").read_text()
+    profile = Profile.open(open_model(folder), folder / LIBRARY)
+    run(folder)
+    profile = Profile.open(open_model(folder), folder / LIBRARY)
+    bad = {"good": False, "why": "qwen.rkllm: is damaged: copy it again"}
+    profile.update(probes={**profile.probes, "files": bad, "append": {"works": False, "why": "measured on it"}})
+    report = run(folder)
+    assert report.probes["files"] == {"good": True}
+    assert "measured on it" not in str(report.probes["append"])
+    assert (folder / "mmchat.json").read_text() == text
+
+
+@pytest.mark.usefixtures("short_ladder")
+def test_after_a_crash_of_an_early_probe_the_rest_waits_for_the_restart(
+    board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rkllm_init fails from then on: that says nothing of the library's cache."""
+    folder, lost = board(), list[str]()
+    ready = Worker.ready
+
+    def crash(runs: probe_runs.Runs) -> dict[str, Any]:
+        runs.worker.kill()
+        lost.append("memory")
+        raise WorkerDied("the LLM worker died (killed by signal 11 SIGSEGV)", name="LLM", exit_code=-11)
+
+    def load(worker: Worker) -> dict[str, Any]:
+        if lost == ["memory"]:
+            raise EngineError("rkllm_init returned -1")
+        return ready(worker)
+
+    monkeypatch.setattr(probes, "abort", crash)
+    monkeypatch.setattr(Worker, "ready", load)
+    report = run(folder)
+    assert set(report.probes) == {"files", "abort"}
+    assert report.profile.strategy == "resend"
+    assert any("(rkllm_init returned -1): restart the board" in text for text in report.advice)
+    assert not any("different answers" in text for text in report.advice)
+    assert "not known" in _to_text(report)
+    lost.append("restarted")
+    report = run(folder)
+    assert report.profile.strategy == "prefix"
+    assert "crashed" in report.probes["abort"]
+
+
+@pytest.mark.usefixtures("short_ladder")
 def test_a_crash_by_the_pictures_leaves_nothing_to_rely_on(board: Any) -> None:
     folder = board()
     assert run(folder).profile.strategy == "prefix"

@@ -59,6 +59,7 @@ FAULTS = {
     "compares instead of appending": Fault({"KV": "prefix"}, ("strategies",), profile=APPEND),
     "counts its cache wrong": Fault({"KV": "append", "KV_COUNT": "7"}, ("strategies",), profile=APPEND, is_quick=True),
     "counts its cache wrong, 1.2": Fault({"KV": "append", "KV_COUNT": "-2"}, ("strategies",), OLD, APPEND),
+    "counts its cache wrong, prefix": Fault({"KV_COUNT": "7"}, ("strategies",), profile=PREFIX, is_quick=True),
     "counts too few rows": Fault({"PREFILL_COUNT": "-5"}, ("counts", "strategies"), profile=PREFIX),
     "does not load": Fault({"INIT": "fail"}, ("crash",), is_quick=True),
     "loads nothing": Fault({"INIT": "null"}, ("crash",)),
@@ -103,7 +104,6 @@ HARMLESS = {
     "its own tokens never match": Fault({"GENERATED_MATCH": "0"}, (), profile=PREFIX),  # less is reused
     "all counts as prefilled": Fault({"PREFILL_COUNT": "all"}, (), profile=PREFIX),  # as if nothing were reused
     "too much counts as prefilled": Fault({"PREFILL_COUNT": "5"}, (), profile=PREFIX),
-    "counts its cache wrong, prefix": Fault({"KV_COUNT": "7"}, (), profile=PREFIX),  # the engine clears it then
     "characters in parts": Fault({"UTF8": "split"}, (), profile=PREFIX),  # joined again; and the demo model writes none
     "segfaults beyond the context": Fault({"SEGFAULT_CONTEXT": "1"}, ()),  # the cap is below
     "loses 2 MB per run": Fault({"LEAK_MB": "2"}, ()),  # calibrate measures that

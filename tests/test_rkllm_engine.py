@@ -148,7 +148,7 @@ def load(store: Store) -> Iterator[Callable[..., Loaded]]:
 
 
 def conversation(engine: Any, store: Store, n_turns: int = 5) -> tuple[list[list[int]], int, int]:
-    """Turns with a picture each, the answers, rows prefilled and rows that were new."""
+    """Turns with a picture each: the answers, rows prefilled in all, and rows of the last prompt."""
     kit = Kit(lambda: engine, TOKENIZER, store, TABLE.width)
     pieces: list[Piece] = []
     answers, n_prefilled, n_before = [], 0, 0
@@ -204,8 +204,9 @@ def test_greedy_answers_survive_every_switch(
             found, n_prefilled, _ = conversation(engine, store, 3)
             assert found == wanted, what
             if what == "as released":
-                ended = all(len(ids) < GREEDY.max_new_tokens for ids in found)
-                assert (n_prefilled == n_all) == (strategy != "resend") or not ended
+                # Answers are cut by max_new_tokens here, which older libraries end by an abort; then all is sent again.
+                is_reused = strategy != "resend" and FAMILIES[family].run_sampling
+                assert (n_prefilled < n_all) == is_reused, what
 
 
 def test_a_stale_prefix_is_cleared_before_it_can_hit(

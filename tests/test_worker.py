@@ -31,7 +31,7 @@ from mmchat.errors import (
 from mmchat.frames import MAX_FRAME_BYTES
 from mmchat.worker import Worker
 from tests.children import frame
-from tests.fakes import eventually, is_gone
+from tests.fakes import eventually, is_gone, workers
 
 Make = Callable[..., Worker]
 
@@ -40,6 +40,7 @@ Make = Callable[..., Worker]
 def make() -> Iterator[Make]:
     """Workers of tests/children.py.  Afterwards none of their processes is left."""
     made: list[Worker] = []
+    before = workers()
 
     def make(start_timeout_s: float = 60.0, **config: Any) -> Worker:
         made.append(Worker("tests.children", config, name="test", start_timeout_s=start_timeout_s))
@@ -51,6 +52,7 @@ def make() -> Iterator[Make]:
         worker.kill()  # close() alone would wait for those that sleep
         worker.close()
     assert all(pid is None or is_gone(pid) for pid in pids)
+    eventually(lambda: workers() <= before)  # those, too, that a test has closed
 
 
 def ask(worker: Worker, do: str, *, silence_s: float = 60.0, **values: Any) -> list[dict[str, Any]]:
@@ -77,6 +79,15 @@ def test_it_starts_when_it_is_first_needed_and_tells_its_facts(make: Make) -> No
     worker.start()  # nothing: it runs
     assert pid_of(worker) == worker.pid
     assert count(worker, 3) == [0, 1, 2]
+
+
+def test_what_was_printed_survives_a_crash(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a pipe C and Python print in blocks, and what is in a block is lost with the process."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    worker = make()
+    with pytest.raises(WorkerDied, match=r"SIGSEGV\): words of its Python"):
+        ask(worker, "print_and_crash")
+    assert "E rkllm: words of a C library" in worker.log_tail.splitlines()
 
 
 def test_start_does_not_wait(make: Make) -> None:

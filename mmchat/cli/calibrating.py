@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,8 @@ def calibrate(model: str, again: bool, as_json: bool) -> None:
         raise ModelDirError(f"{spec.folder}: has no model for RKLLM (*.rkllm): there is nothing to calibrate")
     library, family = find_library(spec), os.environ.get("MMCHAT_RKLLM_FAMILY") or None
     for number in (signal.SIGTERM, signal.SIGHUP):  # a terminal that closes is no crash: the same as Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
+            signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mmchat-") as folder:
         store = Store(folder, DEFAULT_CAP_BYTES)
         vision = open_vision(spec, store)
@@ -86,11 +88,11 @@ def _to_json(report: Report) -> dict[str, Any]:
 
 
 def _to_text(report: Report) -> str:
-    facts, probes = report.facts, report.probes
+    facts, probes = report.facts, defaultdict[str, dict[str, Any]](dict, report.probes)  # some may not have run
     append, prefix, ladder, abort = (probes[name] for name in ("append", "prefix", "ladder", "abort"))
     end = {True: "kept", False: "not kept", None: "not known"}[append.get("end_in_kv")]
     edits = "noticed" if prefix.get("rewinds") else "not noticed, or not known"  # by prefix reuse
-    growth = probes.get("memory", {}).get("mb_per_run")
+    growth = probes["memory"].get("mb_per_run")
     lines = [
         ("library", f"RKLLM {facts['version']} (ABI {facts['family']}), {report.library}"),
         ("loaded in", f"{facts['load_s']:g} s"),
@@ -103,8 +105,8 @@ def _to_text(report: Report) -> str:
         ("memory", "not measured" if growth is None else f"{growth} MB per run"),
         ("prefill", f"{report.profile.prefill_rows_per_s} rows/s"),
         ("decode", f"{probes['speed'].get('decode_tokens_per_s')} tokens/s"),
-        ("encoder", _encoder(probes.get("encoder", {}))),
-        ("pictures", _pictures(probes.get("pictures", {}))),
+        ("encoder", _encoder(probes["encoder"])),
+        ("pictures", _pictures(probes["pictures"])),
         ("strategy", f"{report.profile.strategy}, written to {report.profile.path}"),
         *(("note", text) for text in report.advice),
     ]
@@ -114,7 +116,7 @@ def _to_text(report: Report) -> str:
 def _verdict(result: dict[str, Any]) -> str:
     if result.get("works"):
         return "works"
-    return f"not used: {result.get('why') or result.get('crashed') or result.get('failed')}"
+    return f"not used: {result.get('why') or result.get('crashed') or result.get('failed') or 'not known'}"
 
 
 def _abort(result: dict[str, Any]) -> str:
