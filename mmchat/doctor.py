@@ -8,6 +8,7 @@ RK3576), the names of openvino's wheels on PyPI (glibc).
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -208,6 +209,7 @@ def _model(patient: Patient, model: str | Path) -> list[Finding]:
         return [Finding("model", "problem", what, cure)]
     except (OSError, ValueError) as error:
         return [Finding("model", "problem", f"{folder}: cannot be read ({error})", f"look with: ls -l {folder}")]
+    files = _loaded(spec) or files
     size = sum(map(_size, files))
     what = f"{folder}: {_KINDS[kind] or 'a model'}, complete, {gigabytes(size)} in {len(files)} file(s)"
     if kind == "board" and not os.path.isfile(folder / BOARD_FILE):
@@ -216,8 +218,13 @@ def _model(patient: Patient, model: str | Path) -> list[Finding]:
     return [Finding("model", "ok", f"{what}; {shape}"), *encoder]
 
 
+def _loaded(spec: ModelSpec) -> list[Path]:
+    """Of a board's folder, which may hold other models beside, what is loaded into memory; [] for another folder."""
+    return [spec.board.llm_path, spec.board.vision_path] if spec.board else []
+
+
 def _layout(folder: Path) -> tuple[str, list[Path]]:
-    """What a folder looks like, a key of _KINDS, and the files that are loaded from it."""
+    """What a folder looks like, a key of _KINDS, and the files that may be loaded from it."""
     for kind, patterns in (
         ("board", ("*.rkllm", "*.rknn", BOARD_FILE)),
         ("openvino", ("openvino_*.bin",)),
@@ -267,6 +274,9 @@ def _model_bytes(folder: Path) -> tuple[int, int]:
     The CPU engine holds a checkpoint's tensors in float32, whatever type they have on disk.
     """
     kind, files = _layout(folder)
+    if kind == "board":
+        with contextlib.suppress(ModelDirError, OSError, ValueError):
+            files = _loaded(open_model(folder)) or files
     size = sum(map(_size, files))
     if kind == "checkpoint":
         try:

@@ -17,6 +17,7 @@ PULL_RECORD = ".mmchat-pull.json"
 _BOARD_FILE = "mmchat.json"
 # What pull --only fetches, and what it is.
 _PARTS = {"embed_table.safetensors": "the token rows", "vision.safetensors": "the vision encoder"}
+_PARTS_OF = {"embed_table.safetensors": "table", "vision.safetensors": "vision"}  # as mmchat pull --only has them
 # Step -> (what its folder is, the file that it writes last, what is done with it; "": it is then a model).
 _STEPS = {
     "llm-checkpoint": (
@@ -89,7 +90,8 @@ def interrupted_pull(folder: Path) -> HalfMade | None:
         return None
     repo = read_state(folder / PULL_RECORD).get("repo")
     name = shlex.quote(repo) if isinstance(repo, str) else "REPO"
-    cure = f"mmchat pull {name} --to {shlex.quote(str(folder))} goes on where it was"
+    only = {f"--only {_PARTS_OF[part]} " for part in parts if part in _PARTS_OF}
+    cure = f"mmchat pull {name} {''.join(sorted(only)[:1])}--to {shlex.quote(str(folder))} goes on where it was"
     return HalfMade(f"{folder}: a download that was interrupted at {', '.join(parts)}", cure)
 
 

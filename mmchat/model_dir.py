@@ -566,7 +566,7 @@ class _Json:
         return value
 
     def integers(self, name: str) -> list[int]:
-        """None where it is not there."""
+        """[] where it is not there."""
         value = self.values.get(name, [])
         if not isinstance(value, list) or any(type(number) is not int or number < 0 for number in value):
             raise ModelDirError(f"{self.path}: {name!r} is {value!r}; a list of whole numbers >= 0 is needed")

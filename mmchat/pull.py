@@ -211,13 +211,18 @@ def lacking_bytes(jobs: Sequence[Job], folder: Path) -> int:
     return sum(job.n_bytes - fetch.part_bytes(folder / job.name, job.pieces) for job in jobs)
 
 
-def offline(repo: str, folder: Path, part: str, progress: Progress) -> list[Pulled]:
+def offline(repo: str, folder: Path, part: str, progress: Progress, *, revision: str = "main") -> list[Pulled]:
     """The same without a connection: everything must be there from an earlier pull.
 
-    Raises DownloadError: it is not, or it is damaged.
+    Raises DownloadError: it is not, or it is damaged, or of a commit that need not be the revision.
     """
     record = _Record(folder)
     record.belongs_to(repo)
+    if revision != "main" and not (len(revision) >= 7 and record.commit.startswith(revision)):
+        raise DownloadError(
+            f"{folder}: holds the commit {record.commit or '(none)'}; whether that is {revision!r} only the hub can "
+            "say, and offline mode is on (HF_HUB_OFFLINE): give the commit, or go online"
+        )
     names = record.names(part)
     files = []
     for name in names or ():
@@ -249,6 +254,11 @@ class _Record:
     @property
     def files(self) -> dict[str, Any]:
         return dict(self._values["files"])
+
+    @property
+    def commit(self) -> str:
+        """ "" where nothing is recorded."""
+        return str(self._values.get("commit") or "")
 
     def belongs_to(self, hub: Hub | str) -> None:
         """Raises ModelDirError where the folder is another model's."""

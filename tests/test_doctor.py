@@ -704,6 +704,7 @@ def test_parts_of_a_checkpoint(pc: Machine, tmp_path: Path) -> None:
     assert "mmchat pull openbmb/MiniCPM-V-2_6 --to DIR" in one.cure
     (tmp_path / ".vision.safetensors.part").write_bytes(b"x")
     assert "interrupted at vision.safetensors" in pc.examine(tmp_path)["model"].what
+    assert f"mmchat pull openbmb/MiniCPM-V-2_6 --only vision --to {tmp_path} goes" in pc.examine(tmp_path)["model"].cure
     (tmp_path / ".vision.safetensors.part").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"x")
     assert "parts of" not in pc.examine(tmp_path)["model"].what
@@ -757,6 +758,18 @@ def test_a_boards_folder_and_its_encoder(board: Machine, folders: dict[str, Path
     else:
         assert found["encoder"].what == f"vision.rknn: {mode}, for RK3588 and RK3576, by rknn-toolkit2 2.5.0"
     assert board.bad(folders[mode]) == {}
+
+
+def test_of_models_side_by_side_one_is_loaded(board: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(folders["navit"], folder)
+    before = board.examine(folder)
+    for name in ("other.rkllm", "other.rknn"):
+        with (folder / name).open("wb") as file:
+            file.truncate(64 << 30)
+    after = board.examine(folder)
+    assert after["memory"] == before["memory"]
+    assert after["model"] == before["model"]
 
 
 def test_a_pc_asks_nothing_of_an_encoder_for_the_npu(pc: Machine, folders: dict[str, Path]) -> None:

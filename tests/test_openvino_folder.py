@@ -314,6 +314,21 @@ def test_the_command_says_what_it_takes_and_goes_on_where_it_was(folder: Path, t
     assert open_model(target).openvino is not None
 
 
+def test_without_the_tokenizers_of_another_program_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """openvino_tokenizers of another release than openvino; the models are hours of work."""
+
+    def fail(folder: Path) -> Any:
+        raise RuntimeError("Cannot add extension:\n another release")
+
+    monkeypatch.setattr(openvino_folder, "_has_tokenizers", lambda: True)
+    monkeypatch.setattr(openvino_folder, "_tokenizers", fail)
+    openvino_folder.run(openvino_folder.plan(SPEC, "fp16"), tmp_path / "out", quiet)
+    assert "is not written (Cannot add extension: another release)" in caplog.text
+    assert open_model(tmp_path / "out").openvino is not None
+
+
 GO = RUN + (
     "from pathlib import Path; from mmchat.convert import openvino_folder as step; from mmchat.model_dir import *\n"
     "step._has_tokenizers = lambda: False\n"

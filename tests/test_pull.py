@@ -411,6 +411,11 @@ def test_the_command(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     assert not hub.sent
     _, err = command(hub, "--to", tmp_path / "m", "--only", "table", HF_HUB_OFFLINE="1", code=1)
     assert "does not hold 'table' of owner/model, and offline mode is on (HF_HUB_OFFLINE)" in err
+    command(hub, "--to", tmp_path / "m", "--revision", COMMIT[:8], HF_HUB_OFFLINE="1")
+    _, err = command(hub, "--to", tmp_path / "m", "--revision", "v2.0", HF_HUB_OFFLINE="1", code=1)
+    assert f"holds the commit {COMMIT}; whether that is 'v2.0' only the hub can say" in err
+    _, err = command(hub, "--to", tmp_path / "m", "--dry-run", HF_HUB_OFFLINE="1", code=2)
+    assert "--dry-run asks the hub" in err
     (tmp_path / "m" / SHARD).write_bytes(b"damaged")
     _, err = command(hub, "--to", tmp_path / "m", HF_HUB_OFFLINE="1", code=1)
     assert f"{SHARD}: missing or damaged, and offline mode is on" in err

@@ -18,8 +18,10 @@ def run(repo: str, to: str | None, part: str, revision: str, dry_run: bool, as_j
         raise UsageError(f"--only is one of {', '.join(pull.PARTS)}, not {part!r}")
     folder = Path(to or repo.rstrip("/").split("/")[-1])
     if constants.HF_HUB_OFFLINE:
+        if dry_run:
+            raise UsageError("--dry-run asks the hub what it has, and offline mode is on (HF_HUB_OFFLINE)")
         with Bars() as bars:
-            files = pull.offline(repo, folder, part, bars)
+            files = pull.offline(repo, folder, part, bars, revision=revision)
         return _print(files, folder, as_json)
     plan = pull.plan(pull.look(repo, revision=revision), part)
     said = f"{len(plan.jobs)} files, {describe_bytes(plan.n_bytes)} ({describe_bytes(free_bytes(folder))} free)"

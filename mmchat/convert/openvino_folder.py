@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import mmap
 import os
 import shutil
@@ -36,6 +37,7 @@ from mmchat.prompt import CHAT_TEMPLATE
 KINDS = ("int4", "int8", "fp16", "fp32")
 GROUP_SIZE = 64
 TOKENIZER_FILES = ("openvino_tokenizer", "openvino_detokenizer")
+_LOG = logging.getLogger("mmchat")
 _COPIED = ("tokenizer.json", "generation_config.json", "preprocessor_config.json", "config.json")
 _BLOCK_ROWS_BYTES = 1 << 24
 # Bits of a number in the file, and numbers per second on one busy core of a PC, reading and writing included.
@@ -138,10 +140,18 @@ def run(plan: Plan, target: Path, progress: Progress) -> None:
             _save(work, IR_FILES[part], partial(_build, plan, part, checkpoint, count))
             done += plan.numbers[part]
             progress(IR_FILES[part], done, total)
-        if _has_tokenizers():
-            for name, model in zip(TOKENIZER_FILES, _tokenizers(folder), strict=True):
-                if not (work.has(f"{name}.xml") and work.has(f"{name}.bin")):
-                    _save(work, name, partial(_made, model))
+        tokenizers = [name for name in TOKENIZER_FILES if not (work.has(f"{name}.xml") and work.has(f"{name}.bin"))]
+        if tokenizers and _has_tokenizers():
+            try:
+                made = dict(zip(TOKENIZER_FILES, _tokenizers(folder), strict=True))
+            except Exception as error:  # other people's packages, of releases that need not fit each other
+                tokenizers, made = [], {}
+                _LOG.warning(
+                    "the tokenizer as models, which openvino_genai needs and mmchat does not, is not written (%s)",
+                    " ".join(str(error).split()) or type(error).__name__,
+                )
+            for name in tokenizers:
+                _save(work, name, partial(_made, made[name]))
         for name, content in texts.items():
             path = work.prepare(name)
             write_atomic(path, lambda file, content=content: file.write(content))

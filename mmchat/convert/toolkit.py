@@ -14,7 +14,7 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,12 @@ class Toolkit:
     variable: str
     install: str
 
-    def python(
-        self, given: str | None = None, environ: Mapping[str, str] = os.environ, *, option: str = "--python"
-    ) -> Path:
+    def python(self, given: str | None = None, *, option: str = "--python") -> Path:
         """The interpreter that has it: given, or the variable's.
 
         Raises ToolkitError: neither, or no such program.
         """
-        name = given or environ.get(self.variable)
+        name = given or os.environ.get(self.variable)
         if not name:
             raise ToolkitError(
                 f"{self.name} runs in a Python environment of its own: name its interpreter with {option} or "
