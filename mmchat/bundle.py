@@ -490,8 +490,8 @@ def _create(
 
 
 @contextlib.contextmanager
-def set_aside(path: Path) -> Iterator[Path]:
-    """Give a file a name that ends in .damaged, for its own will be another's; taken back where that fails.
+def set_aside(path: Path, ending: str = "damaged") -> Iterator[Path]:
+    """Give a file a name with that ending, for its own will be another's; taken back where that fails.
 
     Raises BundleError.
     """
@@ -499,12 +499,12 @@ def set_aside(path: Path) -> Iterator[Path]:
         (
             name
             for n in range(1, 100)
-            if not (name := path.with_name(f"{path.name}.damaged{n if n > 1 else ''}")).exists()
+            if not (name := path.with_name(f"{path.name}.{ending}{n if n > 1 else ''}")).exists()
         ),
         None,
     )
     if aside is None:
-        raise BundleError(f"{path}: is damaged, and so are 99 copies of it: move them away")
+        raise BundleError(f"{path}: must be kept under another name, and 99 of those are taken: move them away")
     try:
         try:
             os.link(path, aside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,8 @@ class Runtime:
         """A conversation from a file that Session.save or autosave wrote, with the settings it had.
 
         What could not be read is left out, and what does not fit this model is made again; Session.notes says what.
-        autosave: go on in that file.  One that is damaged is kept under another name then.
+        autosave: go on in that file.  It is kept under another name then, too, where it is damaged, or names embeddings
+            of pictures that only its own model can use and that are not in it as files.
 
         Raises BundleError: no such file, not a bundle, of a newer version; with autosave: being saved to already.
         """
@@ -113,7 +115,7 @@ class Runtime:
         n_foreign = n_turns if bundle.damaged else self._outlook.n_foreign(bundle.record.state, n_turns)
         session = self._session(**restored.options, n_foreign=n_foreign)
         if autosave:
-            session.resume(bundle)
+            session.resume(bundle, has_less=restored.has_less)
         return session
 
     def _session(self, **options: Any) -> Session:
@@ -170,6 +172,11 @@ def open(
         raise ModelDirError(f'{spec.folder}: has no model for RKLLM (*.rkllm); use engine="openvino"')
     if engine == "openvino" and spec.board:
         raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
+    if not (spec.board and spec.board.rknn) and importlib.util.find_spec("openvino") is None:
+        raise ModelDirError(
+            f"{spec.folder}: runs on the CPU engine, which needs the package openvino: pip install openvino "
+            "(on aarch64 its wheels need glibc 2.35: Ubuntu 22.04, Debian 12)"
+        )
     limit = spec.context_of(context_rows)
     rkllm = _rkllm(spec) if spec.board else None
     cap_bytes = default_cap(os.environ) if store_cap_bytes is None else store_cap_bytes

@@ -205,12 +205,14 @@ class Restored:
     """A bundle's conversation for a model.
 
     turns, marks: as a session has them.  policy: None where it is not known.  known: the bundle's ids of the pictures.
-    notes: what was lost or had to be made again, in words.
+    notes: what was lost or had to be made again, in words.  has_less: for this model a picture is gone, of which the
+    bundle names another model's embeddings.
     """
 
     def __init__(self, bundle: Bundle, spec: ModelSpec, tokenizer: ChatTokenizer, store: Store) -> None:
         self._bundle, self._spec, self._tokenizer, self._store = bundle, spec, tokenizer, store
         self.known: dict[Original, str] = {}
+        self.has_less = False
         self.notes = [f"lost: {what}" for what in bundle.lost]
         saved, record = bundle.record.model, bundle.record
         mine = saved_model(spec, tokenizer, pictures=bool(record.images))
@@ -325,6 +327,7 @@ class Restored:
                 slices = slice_image(opened.read(at_least=plan.refined or plan.source), plan)
         except (BundleError, ImageError) as error:
             self.notes.append(f"{saved.id} ({saved.name or 'a picture'}) cannot be seen any more: {error}")
+            self.has_less = True
             nothing = f"gone {saved.keys} {self._spec.encoder_digest}"
             return tuple(hashlib.sha256(f"{nothing} {i}".encode()).hexdigest() for i in range(plan.n_inputs))
         return tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)

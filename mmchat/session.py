@@ -366,16 +366,20 @@ class Session:
         """Whether their embeddings are kept there, too."""
         return self._keeper is not None and self._keeper.embeddings
 
-    def resume(self, bundle: Bundle) -> None:
-        """Autosave to the bundle that this conversation was restored from; see Runtime.load."""
+    def resume(self, bundle: Bundle, *, has_less: bool = False) -> None:
+        """Autosave to the bundle that this conversation was restored from; see Runtime.load.
+
+        has_less: what is restored lacks something that is of use to another model.
+        """
         settings = bundle.record.settings
         keeper = self._keeper_of(settings.pictures, settings.embeddings)
         record = self._saved(keeper)
         journal = None
-        if bundle.damaged:
-            with set_aside(bundle.path) as aside:
+        if bundle.damaged or has_less:
+            ending, kind = ("damaged", "damaged file") if bundle.damaged else ("before", "file as it was")
+            with set_aside(bundle.path, ending) as aside:
                 journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)
-            self.notes += (f"the damaged file is kept as {aside.name}",)
+            self.notes += (f"the {kind} is kept as {aside.name}",)
         elif bundle.is_mostly_waste:
             with contextlib.suppress(BundleError):  # a full disk: it goes on as it is
                 journal = Journal.replace(bundle, record, keeper.picture, keeper.rows)

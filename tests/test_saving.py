@@ -99,7 +99,7 @@ class Other:
         restored = Restored(bundle, self.spec, self.tokenizer, self.store)
         session = self.session(**restored.options)
         if autosave:
-            session.resume(bundle)
+            session.resume(bundle, has_less=restored.has_less)
         return session
 
 
@@ -442,6 +442,26 @@ def test_another_encoder_without_the_pictures(setup: Setup, file: Path) -> None:
     assert [turn.text for turn in loaded.turns] == ["Red."]
     with pytest.raises(BundleError, match="img1 "):
         say(other, loaded, "Yes.", "And?")
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_going_on_with_another_encoder_keeps_what_the_first_can_use(setup: Setup, file: Path, embeddings: bool) -> None:
+    """No picture is in the file, and only the first model's store, or the file itself, has what it saw of them."""
+    setup.ask("Red.", "What?", images=[SOURCES[0]])
+    setup.chat.save(file, images="none", embeddings=embeddings)
+    data = file.read_bytes()
+    other = Other(setup.store.root, other_encoder()).load(file, autosave=True)
+    assert other.notes[-1] == f"the file as it was is kept as {file.name}.before"
+    other.autosave(None)
+    again = Other(setup.store.root, other_encoder()).load(file, autosave=True)  # once is enough
+    again.autosave(None)
+    before = file.with_name(f"{file.name}.before")
+    assert before.read_bytes() == data
+    assert sorted(path.name for path in file.parent.glob(f"{file.name}*")) == [file.name, before.name]
+    first = Other(setup.store.root)
+    loaded = first.load(before)
+    assert loaded.notes == ()
+    assert say(first, loaded, "Yes.", "And?") == "Yes."
 
 
 def test_another_tokenizer(setup: Setup, file: Path, tmp_path: Path) -> None:

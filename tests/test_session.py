@@ -858,10 +858,9 @@ def test_embeddings_lost_twice_are_an_error(setup: Setup, monkeypatch: pytest.Mo
     assert setup.chat.turns == []
 
 
-def test_cancel_while_lost_embeddings_are_made_again_is_a_cancel(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_while_lost_embeddings_are_made_again_is_a_cancel(setup: Setup) -> None:
     setup.ask("Red.", "What?", images=[picture()])
     reply = setup.says("Never.").chat.ask("And?")
-    setup.engine.lose = setup.store.clear
 
     def clear() -> None:
         os.unlink(setup.store._path(setup.chat.images[0].keys[0]))
