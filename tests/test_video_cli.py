@@ -23,7 +23,9 @@ import pytest
 import srt
 import webvtt
 
+from mmchat.cli.progress import View
 from mmchat.video import Caption
+from mmchat.video.pictures import Arrays
 from tests.test_cli import MMCHAT, mmchat_command, refused, run_here
 from tests.test_video_live import Camera
 from tests.video_kit import COLOURS, FakeRuntime, colour, distinct, make_video, many
@@ -337,6 +339,18 @@ def test_ctrl_c_ends_it_in_order(tmp_path: Path, video: Path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (130, b"", b"mmchat: interrupted\n")
     assert len(list(srt.parse((tmp_path / "a.srt").read_text()))) == len(captions_in(out))
+
+
+def test_notices_of_a_long_run_are_told_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [1000.0], list[str]()
+    monkeypatch.setattr("mmchat.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mmchat.cli.progress.say", said.append)
+    with View(Arrays([], rate=1), show=False) as view:
+        for number in range(25):
+            view.notice(f"broke off {number}")
+        now[0] += 61
+        view.notice("broke off again")
+    assert said[-3:] == ["broke off 19", "broke off again", "5 more of these were not shown"]
 
 
 # At a terminal

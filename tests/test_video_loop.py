@@ -106,9 +106,15 @@ def test_a_story_tells_what_was_before(fake: FakeRuntime) -> None:
 
 def test_a_story_that_does_not_fit_begins_later(tmp_path: Path) -> None:
     fake = FakeRuntime(tmp_path / "store", context_rows=150)
-    fake.engine.script = [f"{number} " * 15 for number in range(8)]
+    fake.engine.script = [f"{number} " * 5 for number in range(8)]
+    prompts: list[str] = []
+    fake.engine.prompts = prompts
     made = list(captions(fake.rt, map(distinct, range(8)), "Now?", story=8, max_new_tokens=40))
     assert len(made) == 8
+    last = prompts[-1]
+    assert "[00:00:06.000]" in last  # the newest stays
+    assert last.count("[00:00:0") > 1
+    assert "[00:00:00.000]" not in last
 
 
 def test_slices_are_cut_as_asked(fake: FakeRuntime) -> None:

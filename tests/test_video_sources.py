@@ -69,6 +69,25 @@ def test_a_picture_that_is_broken_is_known_when_it_is_read(tmp_path: Path) -> No
         frame.read()
 
 
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_an_impossible_rate(rate: float) -> None:
+    with pytest.raises(VideoError, match="above 0"):
+        Arrays([], rate=rate)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (40, 60, 3), (40, 60, 4)])
+def test_one_picture_is_no_list_of_them(shape: tuple[int, ...]) -> None:
+    with pytest.raises(VideoError, match="is one picture: give a list"):
+        open_source(np.zeros(shape, np.uint8))
+    assert len(frames_of(open_source(np.zeros((2, *shape[:2], 3), np.uint8)))[0]) == 2
+
+
+def test_a_time_that_is_none_costs_its_picture() -> None:
+    frames, notices = frames_of(Arrays([(0.0, colour("red")), (float("nan"), colour("blue")), (1.0, colour("white"))]))
+    assert [frame.time for frame in frames] == [0, 1]
+    assert "picture 1 skipped: its time is nan" in str(notices[0])
+
+
 def test_an_iterator_gives_times_or_gets_them() -> None:
     frames, _ = frames_of(open_source([distinct(0), colour("red"), (7.5, distinct(2))]))
     assert [frame.time for frame in frames] == [0, 1, 7.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from mmchat.video.values import Caption, Source
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_MOST_NOTICES = 20
+_MOST_NOTICES = 20  # in a minute
+_MINUTE_S = 60.0
 
 
 class View:
@@ -20,7 +22,8 @@ class View:
     def __init__(self, source: Source, *, show: bool) -> None:
         """show: a bar or a line, too."""
         self._source = source
-        self._n_captions = self._n_kept = self._n_drops = self._n_notices = 0
+        self._n_captions = self._n_kept = self._n_drops = self._n_notices = self._n_hidden = 0
+        self._minute_began = 0.0
         self._progress: Progress | None = _progress(source) if show else None
 
     def __enter__(self) -> View:
@@ -34,8 +37,8 @@ class View:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._n_notices > _MOST_NOTICES:
-            say(f"{self._n_notices - _MOST_NOTICES} more of these were not shown")
+        if self._n_hidden:
+            say(f"{self._n_hidden} more of these were not shown")
 
     def caption(self, caption: Caption, kept: bool) -> None:
         self._n_captions += 1
@@ -51,9 +54,14 @@ class View:
         self._progress.update(self._task, description=counts, completed=caption.end)
 
     def notice(self, text: str) -> None:
+        now = time.monotonic()
+        if now >= self._minute_began + _MINUTE_S:
+            self._minute_began, self._n_notices = now, 0
         self._n_notices += 1
         if self._n_notices <= _MOST_NOTICES:
             say(text)
+        else:
+            self._n_hidden += 1
 
 
 def _progress(source: Source) -> Progress:

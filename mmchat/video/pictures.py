@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -60,6 +61,11 @@ class Arrays:
     def __init__(
         self, pictures: Iterable[Any], *, rate: float = 1.0, live: bool = False, name: str = "the iterator"
     ) -> None:
+        """Raises VideoError: an impossible rate, or one picture where several are needed."""
+        if not (math.isfinite(rate) and rate > 0):
+            raise VideoError(f"rate is {rate!r}; it must be a number of pictures per second above 0")
+        if isinstance(pictures, np.ndarray) and (pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[2] <= 4)):
+            raise VideoError(f"an array of shape {pictures.shape} is one picture: give a list of pictures")
         self.name, self.live, self.rate = name, live, rate
         self._pictures, self._shown = pictures, 1 / rate
 
@@ -72,6 +78,9 @@ class Arrays:
             if stop.is_set():
                 return
             seconds, picture = _timed(item, number * self._shown)
+            if not math.isfinite(seconds):
+                yield Notice(f"{self.name}: picture {number} skipped: its time is {seconds}", bad_frame=True)
+                continue
             read = _reader(picture)
             if self.live:
                 yield Frame(number, time.monotonic() - began, 0.0, read, at=time.time())

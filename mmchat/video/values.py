@@ -115,7 +115,7 @@ class Caption:
         return made
 
 
-def clock(seconds: float, *, decimal: str = ".", hours: int = 2) -> str:
-    """00:01:02.500; hours: digits of them at least."""
+def clock(seconds: float, *, decimal: str = ".") -> str:
+    """00:01:02.500"""
     ms = max(0, round(seconds * 1000))
-    return f"{ms // 3_600_000:0{hours}}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{decimal}{ms % 1000:03}"
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{decimal}{ms % 1000:03}"
