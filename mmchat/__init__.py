@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = ("doctor", "images", "video")  # used by their own names
 _HOME = {
     "context": ("Policy",),
     "engine": ("Sampling",),
@@ -111,8 +112,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "video":
-        return importlib.import_module("mmchat.video")
+    if name in _MODULES:
+        return importlib.import_module(f"mmchat.{name}")
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(f"mmchat.{module}"), name)

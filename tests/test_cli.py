@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -433,6 +437,57 @@ def test_what_the_terminal_cannot_say_is_spelled_out(red: Path, tmp_path: Path) 
 
 def test_chat_ends_quietly_with_its_input() -> None:
     assert mmchat_command("chat") == ("", "")
+
+
+@pytest.mark.parametrize("words", [("chat",), ("ask", "-"), ("prompt", "-", "--model", "demo"), ("slices", "-")])
+def test_a_closed_stdin_is_an_empty_one(words: tuple[str, ...]) -> None:
+    done = subprocess.run([*MMCHAT, *words], preexec_fn=lambda: os.close(0), capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (0 if words == ("chat",) else 2 if words[0] == "ask" else 1)
+
+
+def test_ctrl_c_ends_a_chat_whose_questions_come_from_a_file(tmp_path: Path) -> None:
+    """What was shown is kept; the questions after it are not asked."""
+    kept = tmp_path / "talk.mmchat"
+    questions = tmp_path / "questions.txt"
+    questions.write_text(f"{DESCRIBE}\n" * 50)
+    command = [*MMCHAT, "chat", "--model", str(endless_model(tmp_path / "endless")), "--save", str(kept)]
+    with (
+        questions.open() as stdin,
+        subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1].decode()
+    assert (process.returncode, err.splitlines()[-1]) == (130, "mmchat: interrupted")
+    assert mmchat_command("session", "show", kept)[0].count(DESCRIBE) == 1
+
+
+def test_names_are_taken_as_terminals_quote_them(red: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "my photo's.png"
+    shutil.copy(red, photo)
+    other = tmp_path / "b c.png"
+    shutil.copy(red, other)
+    lines = f"/image {photo}\n/image {shlex.quote(str(photo))} {shlex.quote(str(other))}\n/images\n"
+    assert mmchat_command("chat", stdin=lines)[0].count("next") == 3
+
+
+def test_options_that_a_tokenizer_cannot_serve(tmp_path: Path) -> None:
+    tokenizer = Path(mmchat.__file__).parent / "demo" / "tokenizer.json"
+    for name, value in (("--context", "1"), ("--policy", "nonsense"), ("--max-new-tokens", "5")):
+        assert f"{name} needs --model" in refused("prompt", "-", "--tokenizer", tokenizer, name, value, code=2)
+
+
+def test_modules_that_the_readme_names() -> None:
+    code = "import mmchat; mmchat.doctor.examine; mmchat.images.read_image; mmchat.video.captions"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_without_openvino_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "openvino" else found(name, *a))
+    assert "needs the package openvino: pip install openvino" in refused("ask", "What?")
 
 
 # A dumb one gets its prompt before the editor takes the keyboard, and so may lose what is typed at once.

@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmchat.cli import regressing
+from mmchat.cli.options import Opening
 from mmchat.engine import Done, Token
 from mmchat.errors import RegressError, WorkerDied
 from mmchat.prompt import DEFAULT_SYSTEM_PROMPT, build
@@ -410,6 +412,10 @@ def test_reports() -> None:
     assert report.to_text(good, None).endswith("verdict     passed")
     text = report.to_text(bad, Path("x.json"))
     assert "mmchat regress --model /m --replay x.json" in text
+    options = regressing._conditions(Opening("demo", "openvino", "my store", 512, 2))
+    text = report.to_text(bad, Path("x y.json"), options)
+    again = "--model /m --engine openvino --context 512 --threads 2 --store 'my store' --replay 'x y.json'"
+    assert again in text
     assert '"rows": 120' in text
     assert report.to_text(odd, None).endswith("verdict     flaky")
     told = json.loads(json.dumps(report.to_dict(bad, Path("x.json"))))

@@ -604,8 +604,8 @@ def test_a_store_deleted_meanwhile_begins_anew(store: Store) -> None:
 def test_only_the_owner_may_look(store: Store) -> None:
     """Embeddings tell what a user's pictures show."""
     store.put(key(1), rows())
-    folders = [store.root, store.root / "data", file_of(store, key(1)).parent]
-    assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders[1:])
+    places = [store.root, store.root / "data", file_of(store, key(1)).parent, file_of(store, key(1))]
+    assert [oct(place.stat().st_mode & 0o077) for place in places] == ["0o0"] * 4
 
 
 # --- the spare folder -------------------------------------------------------------------------------------------
@@ -772,6 +772,15 @@ def test_the_store_commands(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     code, out, _ = run_here("store", "clear", "--store", store.root)
     assert (code, out[:20]) == (0, "removed 1 embeddings")
     assert store.info().n_files == 0
+
+
+def test_a_look_at_what_is_no_store_makes_none(tmp_path: Path) -> None:
+    for name in ("info", "verify", "clear"):
+        code, out, err = run_here("store", name, "--store", tmp_path / "typo")
+        assert (code, out) == (1, "")
+        assert "typo: holds no embeddings" in err
+        assert run_here("store", name, "--store", tmp_path)[0] == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_fails_where_a_damaged_file_cannot_be_removed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import mmchat
 from mmchat.bench import echo
 from mmchat.bench.timing import medians
 from mmchat.checkpoint import to_float32, write_tensors
 from mmchat.embed_table import EmbedTable
+from mmchat.errors import EngineError
 from mmchat.images import open_image
 from mmchat.slicing import plan_slices, slice_image
 from mmchat.worker import Worker
@@ -51,7 +53,12 @@ while head := file.read(8):
 
 
 def run(model: str, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict[str, Any]:
-    """model: for the start and memory of a whole program."""
+    """model: for the start and memory of a whole program.
+
+    Raises what opening the model raises; EngineError: a program of its own fails with it.
+    """
+    with mmchat.open(model) as runtime:  # now, not when all else has been measured
+        runtime.ready()
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "pictures": lambda: _pictures(rounds),
         "rows": lambda: _rows(rounds),
@@ -274,4 +281,8 @@ def _memory(model: str) -> list[dict[str, Any]]:
 
 def _python(code: str, *arguments: str) -> str:
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EngineError(f"a program that was to be measured failed ({last})")
+    return done.stdout

@@ -59,7 +59,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Everything in a result, as tables."""
     made = []
     if "conversations" in found:
-        made += [_work(found["conversations"]), _curve(found["overflow_curve"]), _rehearsals(found["rehearsals"])]
+        made += [_work(found["conversations"]), _curve(found["overflow_curve"])]
+        if "rehearsals" in found:  # records before 2026-11-22 have none
+            made.append(_rehearsals(found["rehearsals"]))
         made.append(_board(found["conversations"]))
     if "chat" in found:
         made.append(_chat(found["chat"]))
@@ -97,7 +99,7 @@ def save(found: dict[str, Any], folder: Path) -> list[Path]:
             continue
         part = {**about, key: found[key]}
         if key == "conversations":
-            part |= {name: found[name] for name in ("overflow_curve", "rehearsals")}
+            part |= {name: found[name] for name in ("overflow_curve", "rehearsals") if name in found}
         for suffix, text in (
             (".json", json.dumps(part, indent=1) + "\n"),
             (".md", f"# {section}\n\n{to_markdown(part)}"),

@@ -1,4 +1,5 @@
-"""The command line.  Results go to stdout, everything else to stderr.  Exit codes: 0 ok, 1 it failed, 2 wrong usage.
+"""The command line.  Results go to stdout, everything else to stderr.  Exit codes: 0 ok, 1 it failed, 2 wrong usage,
+130 ended by Ctrl-C.
 
 Each command is a thin front on mmchat.runtime; its module is imported when it is called, so that --help is fast.
 """
@@ -554,6 +555,7 @@ def _open_standard_files() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale cannot say it: an answer is not lost

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -92,9 +94,12 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
             _converse(repl)
         else:
             for line in sys.stdin.buffer:
-                if not repl.handle(line.decode(errors="replace")):
+                if not repl.handle(line.decode(errors="replace")) or repl.is_interrupted:
                     break
         repl.save_again()
+        if repl.is_interrupted and not sys.stdin.isatty():
+            say("interrupted")
+            raise typer.Exit(130)
         if repl.is_unsaved or (repl.n_failed and not sys.stdin.isatty()):
             raise typer.Exit(1)
 
@@ -144,6 +149,7 @@ class _Repl:
         self._talk, self._keeping = talk, keeping
         self._sessions, self._at = [session], 0
         self.n_failed = 0
+        self.is_interrupted = False  # by Ctrl-C, at any time
 
     @property
     def is_unsaved(self) -> bool:
@@ -172,6 +178,7 @@ class _Repl:
             self.n_failed += 1
             say(describe(error))
         except KeyboardInterrupt:
+            self.is_interrupted = True
             say("interrupted")
         return True
 
@@ -188,6 +195,7 @@ class _Repl:
 
         def stop(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGINT, previous)  # a second Ctrl-C does not wait
+            self.is_interrupted = True
             reply.cancel()
 
         signal.signal(signal.SIGINT, stop)
@@ -208,6 +216,9 @@ class _Repl:
         if not rest:
             raise UsageError("/image needs the path of a picture")
         paths = [rest] if _is_file(rest) else rest.split()
+        if not all(map(_is_file, paths)):
+            with contextlib.suppress(ValueError):  # quotes that do not close
+                paths = shlex.split(rest)  # terminals quote the names of files that are dropped on them
         self._attached += [_readable(path) for path in paths]
         say(f"{len(self._attached)} picture(s) go with the next question")
 

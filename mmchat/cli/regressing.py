@@ -61,9 +61,19 @@ def regress(opening: Opening, wanted: Wanted) -> None:
         report.write(wanted.report, json.dumps(report.to_dict(outcome, saved), indent=2).encode() + b"\n")
     if wanted.junit:
         report.write(wanted.junit, report.to_junit(outcome))
-    print(json.dumps(report.to_dict(outcome, saved)) if wanted.as_json else report.to_text(outcome, saved))
+    if wanted.as_json:
+        print(json.dumps(report.to_dict(outcome, saved)))
+    else:
+        print(report.to_text(outcome, saved, _conditions(opening)))
     if not outcome.good:
         raise typer.Exit(1)
+
+
+def _conditions(opening: Opening) -> list[str]:
+    """What was given of how the model is opened, as words of a command."""
+    given = {"--context": opening.context, "--threads": opening.threads, "--store": opening.store}
+    words = [] if opening.engine == "auto" else ["--engine", opening.engine]
+    return words + [word for name, value in given.items() if value is not None for word in (name, str(value))]
 
 
 def _check_hypothesis() -> None:

@@ -99,6 +99,9 @@ def prompt(
 ) -> None:
     if (tokenizer is None) == (model is None):
         raise UsageError("give either --tokenizer FILE or --model DIR")
+    for name, value in (("--context", context_rows), ("--max-new-tokens", max_new_tokens), ("--policy", steps)):
+        if value is not None and model is None:
+            raise UsageError(f"{name} needs --model DIR: a tokenizer alone does not say what fits")
     try:
         text = sys.stdin.read() if conversation == "-" else Path(conversation).read_text(encoding="utf-8")
         given = json.loads(text)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 
+from mmchat.errors import StoreError
 from mmchat.outputs import describe_bytes
 from mmchat.store import Store, default_cap, open_store
 
@@ -59,6 +61,8 @@ def clear(folder: str | None, as_json: bool) -> None:
 
 
 def _open(folder: str | None) -> Store:
+    if folder and not (Path(os.path.expanduser(folder)) / "data").is_dir():
+        raise StoreError(f"{folder}: holds no embeddings")  # and should not hold a store's folders after a look
     return open_store(folder, default_cap(os.environ), os.environ)
 
 

@@ -55,7 +55,8 @@ def pictures_in(folder: Path, most: int | None = None) -> list[Path]:
     """The pictures of a folder, by name.  Raises ImageError: no such folder, no picture in it, or one is damaged."""
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder of pictures")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())[:most]
+    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in files if not path.name.startswith("."))[:most]  # macOS has ._x.png beside x.png
     if not found:
         raise ImageError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
     for path in found:

@@ -193,9 +193,9 @@ class _Search:
         except _Over:
             pass
         except KeyboardInterrupt:
-            if self._best is None:
+            if self._best is None and not self.trial.flaky:
                 raise
-            self._say("interrupted: this failure is the smallest so far")
+            self._say("interrupted: this is what was found so far")
         return self._best
 
     def _fails(self, talk: Talk) -> bool:

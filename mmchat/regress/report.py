@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -38,7 +40,8 @@ def to_dict(outcome: Outcome, saved: Path | None) -> dict[str, Any]:
     }
 
 
-def to_text(outcome: Outcome, saved: Path | None) -> str:
+def to_text(outcome: Outcome, saved: Path | None, options: Sequence[str] = ()) -> str:
+    """options: of the command, that a replay needs, too."""
     found = outcome.facts
     lines = [
         ("model", f"{found['model']}, {found['context_rows']} rows of context"),
@@ -55,7 +58,8 @@ def to_text(outcome: Outcome, saved: Path | None) -> str:
             *(("", line) for talk in failure.talks for line in _steps(talk.to_dict())),
         ]
         if saved:
-            lines.append(("again with", f"mmchat regress --model {found['folder']} --replay {saved}"))
+            again = ["mmchat", "regress", "--model", found["folder"], *options, "--replay", str(saved)]
+            lines.append(("again with", shlex.join(again)))
     lines += [("flaky", f"seen once, and not again on new workers: {flaky.what}") for flaky in outcome.flaky]
     lines.append(("verdict", "passed" if outcome.good else "failed" if outcome.failure else "flaky"))
     return "\n".join(f"{name:12}{text}".rstrip() for name, text in lines)

@@ -101,12 +101,12 @@ def conversations(
     facts = _facts(model)
     most = min(max_rows or facts.cap + 1, facts.cap + 1)
     lengths = [n for n in boundaries(facts.cap, safe_rows=facts.safe_rows) if n <= most] or [most]
-    steps = draw(st.lists(_steps(lengths, most, max_pictures), min_size=1, max_size=max_steps))
+    steps = draw(st.lists(_steps(lengths, max_pictures), min_size=1, max_size=max_steps))
     return Talk(tuple(steps), draw(st.sampled_from(("error", "trim"))))
 
 
 @st.composite
-def _steps(draw: st.DrawFn, lengths: list[int], most: int, max_pictures: int) -> Step:
+def _steps(draw: st.DrawFn, lengths: list[int], max_pictures: int) -> Step:
     do = draw(st.sampled_from(_DOINGS))
     session = draw(st.integers(0, 1))
     turn = draw(st.integers(1, 3))
