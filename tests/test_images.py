@@ -265,12 +265,13 @@ def test_float_grey_is_scaled_by_its_range(values: list[float], wanted: list[int
 
 @pytest.mark.parametrize("reference_rule", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_rgb_or_is_refused(mode: str, reference_rule: bool) -> None:
+def test_every_mode_but_one_becomes_rgb(mode: str, reference_rule: bool) -> None:
     image = Image.new(mode, (5, 3))
-    try:
-        seen = read_image(image, reference=reference_rule)
-    except ImageError:
+    if mode == "La":  # which Pillow makes nothing of
+        with pytest.raises(ImageError):
+            read_image(image, reference=reference_rule)
         return
+    seen = read_image(image, reference=reference_rule)
     assert (seen.mode, seen.size) == ("RGB", (5, 3))
 
 

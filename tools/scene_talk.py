@@ -672,4 +672,3 @@ _MANY: tuple[tuple[str, _Many, float], ...] = (
     ("more", _more, 1.0),
     ("n_images", _n_images, 0.6),
 )
-TASKS = tuple(name for name, _, _ in (*_ONE, *_MANY))
