@@ -1,4 +1,6 @@
-"""docs: every command in them runs, on the demo model and a hub of the tests' own."""
+"""docs: every command in them runs, on the demo model and a hub of the tests' own.  README: its Python runs, and its
+commands are what the command line takes.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,15 @@ import json
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from mmchat.cli import app
 from mmchat.model_dir import open_model
 from tests.fake_hub import FakeHub
 from tests.test_cli import mmchat_command, run_here
@@ -25,6 +31,42 @@ PUBLISHED = "openbmb/MiniCPM-V-2_6"
 
 def blocks(page: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+README_COMMANDS = [
+    line for block in blocks("../README.md", "sh") for line in block.splitlines() if line.startswith("mmchat ")
+]
+
+
+@pytest.mark.parametrize("line", README_COMMANDS)
+def test_the_readmes_commands_are_taken(line: str) -> None:
+    """Names of commands and options; nothing runs."""
+    _, *words = shlex.split(re.sub(r"<\s*\S+", "", line), comments=True)
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("mmchat", words)
+    assert line.split()[1] in command.name or line.split()[2] == command.name
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use, record, captions, saving = blocks("../README.md", "python")
+    assert "rtsp://" in captions  # there is no camera here
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    picture("circle", "red", "blue").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMCHAT_STORE", str(tmp_path / "store"))
+    rest = [
+        record,
+        "assert (len(chat.turns), len(other.turns), len(other.images)) == (1, 3, 2)\n",
+        "assert [image.id for image in plan.images] == ['img1', 'img2', 'img3']\n",
+        saving.replace("chat = rt.load", "chat.autosave(None); chat = rt.load"),
+        "assert chat.saved_to.name == 'talk.mmchat'\n",
+    ]
+    names: dict[str, Any] = {}
+    exec(use + "".join(textwrap.indent(block, "    ") for block in rest), names)
+    assert "white" in names["reply"].text
+    assert (tmp_path / "copy.mmchat").is_file()
 
 
 @pytest.fixture

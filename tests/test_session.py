@@ -1173,8 +1173,8 @@ def test_a_loaded_conversation_says_how_fast_it_was_where_it_was_the_same_model(
     assert runtime().load(tmp_path / "mine").plan("Why?").seconds.token is None
 
 
-def test_two_threads_get_their_answers_one_after_the_other(setup: Setup) -> None:
-    """A session is for one at a time: the second is told; sessions of one engine wait for each other (worker.py)."""
+def test_a_second_thread_in_one_session_is_told(setup: Setup) -> None:
+    """Sessions of one engine wait for each other (worker.py)."""
     texts = iter(setup.says("Yes.").chat.ask("What?"))
     next(texts)
     told: list[Exception] = []

@@ -474,6 +474,32 @@ def test_two_threads_take_turns(make: Make) -> None:
         assert [i for who, i in log if who == name] == [0, 1, 2, 3, 4] * 10
 
 
+def test_threads_are_served_in_the_order_in_which_they_came(make: Make) -> None:
+    worker = make()
+    events: Any = iter(worker.call({"do": "talk"}, silence_s=60.0))
+    next(events)
+    order: list[str] = []
+
+    def run(name: str, waits: threading.Event) -> None:
+        def asked() -> bool:
+            waits.set()
+            return False
+
+        for _ in worker.call({"do": "count", "n": 2}, silence_s=60.0, should_stop=asked):
+            order.append(name)
+
+    threads = []
+    for name in "abc":
+        waits = threading.Event()
+        threads.append(threading.Thread(target=run, args=(name, waits)))
+        threads[-1].start()
+        assert waits.wait(20)
+    events.close()
+    for thread in threads:
+        thread.join(60)
+    assert order == ["a", "a", "b", "b", "c", "c"]
+
+
 def test_a_second_thread_waits_for_the_first(make: Make) -> None:
     worker = make()
     events: Any = iter(worker.call({"do": "talk"}, silence_s=60.0))
