@@ -260,49 +260,14 @@ def open_model(name: str | Path) -> ModelSpec:
         weight_files(folder)
     config = _Json(folder / "config.json")
     processor = _Json(folder / "preprocessor_config.json")
-    vision = config.inner("vision_config")
-    hidden_size = config.integer("hidden_size")
-    llm = LlmSpec(
-        hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size"),
-        n_layers=config.integer("num_hidden_layers"),
-        n_heads=config.integer("num_attention_heads"),
-        n_kv_heads=config.integer("num_key_value_heads"),
-        vocab_size=config.integer("vocab_size"),
-        context_rows=config.integer("max_position_embeddings"),
-        rope_theta=config.number("rope_theta"),
-        rms_norm_eps=config.number("rms_norm_eps"),
-    )
-    patch_size = vision.integer("patch_size")
-    tower = VisionSpec(
-        hidden_size=vision.integer("hidden_size"),
-        intermediate_size=vision.integer("intermediate_size"),
-        n_layers=vision.integer("num_hidden_layers"),
-        n_heads=vision.integer("num_attention_heads"),
-        patch_size=patch_size,
-        position_side=vision.integer("image_size") // patch_size,
-        query_num=config.integer("query_num"),
-        output_size=hidden_size,
-        # The published code derives it; small models need another value and say so.
-        resampler_heads=config.integer("resampler_num_heads", max(1, hidden_size // 128)),
-    )
+    llm, tower = _llm(config), _tower(config)
     slices = SliceSpec(
         max_slice_nums=processor.integer("max_slice_nums"),
         scale_resolution=processor.integer("scale_resolution"),
         patch_size=processor.integer("patch_size"),
         max_patches=_CPU_MAX_PATCHES,
     )
-    for good, problem in (
-        (config.values.get("model_type") == "minicpmv", f"model_type is {config.values.get('model_type')!r}"),
-        (hidden_size % llm.n_heads == 0 and llm.n_heads % llm.n_kv_heads == 0, "attention heads do not divide"),
-        (tower.hidden_size % tower.n_heads == 0, "vision attention heads do not divide"),
-        (hidden_size % tower.resampler_heads == 0, "resampler heads do not divide"),
-        (tower.position_side >= 1, f"image_size is below the patch size of {patch_size}"),
-        (slices.scale_resolution >= patch_size, f"scale_resolution is below the patch size of {patch_size}"),
-        (slices.patch_size == patch_size, f"patch_size is {patch_size} here and {slices.patch_size} in the processor"),
-    ):
-        if not good:
-            raise ModelDirError(f"{config.path}: {problem}; a MiniCPM-V-2.6 model is needed")
+    _check_fit(config, llm, tower, slices)
     spec = ModelSpec(
         folder=folder,
         name=DEMO if str(name) == DEMO else folder.name,
@@ -316,6 +281,53 @@ def open_model(name: str | Path) -> ModelSpec:
     if found:
         return _with_found(spec, {part: path for part, path in found.items() if path})
     return _with_board(spec, _Json(folder / BOARD_FILE)) if is_board else spec
+
+
+def _llm(config: _Json) -> LlmSpec:
+    return LlmSpec(
+        hidden_size=config.integer("hidden_size"),
+        intermediate_size=config.integer("intermediate_size"),
+        n_layers=config.integer("num_hidden_layers"),
+        n_heads=config.integer("num_attention_heads"),
+        n_kv_heads=config.integer("num_key_value_heads"),
+        vocab_size=config.integer("vocab_size"),
+        context_rows=config.integer("max_position_embeddings"),
+        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+    )
+
+
+def _tower(config: _Json) -> VisionSpec:
+    vision, output_size = config.inner("vision_config"), config.integer("hidden_size")
+    patch_size = vision.integer("patch_size")
+    return VisionSpec(
+        hidden_size=vision.integer("hidden_size"),
+        intermediate_size=vision.integer("intermediate_size"),
+        n_layers=vision.integer("num_hidden_layers"),
+        n_heads=vision.integer("num_attention_heads"),
+        patch_size=patch_size,
+        position_side=vision.integer("image_size") // patch_size,
+        query_num=config.integer("query_num"),
+        output_size=output_size,
+        # The published code derives it; small models need another value and say so.
+        resampler_heads=config.integer("resampler_num_heads", max(1, output_size // 128)),
+    )
+
+
+def _check_fit(config: _Json, llm: LlmSpec, tower: VisionSpec, slices: SliceSpec) -> None:
+    """Raises ModelDirError: values that do not fit together."""
+    patch_size = tower.patch_size
+    for good, problem in (
+        (config.values.get("model_type") == "minicpmv", f"model_type is {config.values.get('model_type')!r}"),
+        (llm.hidden_size % llm.n_heads == 0 and llm.n_heads % llm.n_kv_heads == 0, "attention heads do not divide"),
+        (tower.hidden_size % tower.n_heads == 0, "vision attention heads do not divide"),
+        (tower.output_size % tower.resampler_heads == 0, "resampler heads do not divide"),
+        (tower.position_side >= 1, f"image_size is below the patch size of {patch_size}"),
+        (slices.scale_resolution >= patch_size, f"scale_resolution is below the patch size of {patch_size}"),
+        (slices.patch_size == patch_size, f"patch_size is {patch_size} here and {slices.patch_size} in the processor"),
+    ):
+        if not good:
+            raise ModelDirError(f"{config.path}: {problem}; a MiniCPM-V-2.6 model is needed")
 
 
 def _ir_files(folder: Path) -> dict[str, Path] | None:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mmchat
 from mmchat.cli.options import Opening, UsageError, printable
 from mmchat.cli.progress import View
 from mmchat.errors import VideoError
@@ -71,7 +70,7 @@ def caption(source: str, plan: Plan, opening: Opening, wanted: Wanted) -> None:
     journal_path, others = _check_files(wanted, plan)
     opened = open_source(source)  # before a model is loaded
     with contextlib.ExitStack() as stack:
-        runtime = stack.enter_context(_open(opening))
+        runtime = stack.enter_context(opening.open())
         journal = None
         if journal_path is not None:
             journal = Journal(journal_path, _settings(plan, runtime, wanted.when), resume=wanted.resume)
@@ -149,16 +148,6 @@ def _settings(plan: Plan, runtime: Runtime, when: str | None) -> str:
     """A name for all that decides what captions say, so that a file is not continued with something else."""
     facts = [asdict(plan), plan.question, when, runtime.spec.name, runtime.spec.encoder_digest]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _open(opening: Opening) -> Runtime:
-    return mmchat.open(
-        opening.model,
-        engine=opening.engine,
-        store=opening.store,
-        context_rows=opening.context,
-        n_threads=opening.threads,
-    )
 
 
 def _is_quiet(wanted: Wanted) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import typer
 
-import mmchat
 from mmchat.cli.options import Keeping, Opening, Talk, UsageError, describe, policy, printable, say
 from mmchat.cli.terminal import Waiting, describe_changes, describe_plan, print_stats, reply_to_json
 from mmchat.errors import MmchatError
@@ -68,7 +67,7 @@ def ask(words: list[str], opening: Opening, talk: Talk, sampling: dict[str, Any]
     for image in images:  # before a model is loaded
         with open_image(image):
             pass
-    with _open(opening) as runtime:
+    with opening.open() as runtime:
         session = _session(runtime, talk, sampling)
         reply = session.ask(parts, images)
         _show(reply, runtime, talk)
@@ -88,7 +87,7 @@ def chat(pictures: list[str], opening: Opening, talk: Talk, sampling: dict[str, 
             "in the chat, /save writes those"
         )
     attached: list[Path] = [_readable(picture) for picture in pictures]
-    with _open(opening) as runtime:
+    with opening.open() as runtime:
         repl = _Repl(runtime, talk, _begin(runtime, talk, sampling, keeping), attached, keeping)
         if sys.stdin.isatty():
             _converse(repl)
@@ -386,16 +385,6 @@ def split_pictures(text: str) -> list[str | Path]:
         else:
             raise UsageError(f"{{{{{piece}}}}} in the question: no such file (write \\{{{{ for braces that are text)")
     return parts
-
-
-def _open(opening: Opening) -> Runtime:
-    return mmchat.open(
-        opening.model,
-        engine=opening.engine,
-        store=opening.store,
-        context_rows=opening.context,
-        n_threads=opening.threads,
-    )
 
 
 def _session(runtime: Runtime, talk: Talk, sampling: dict[str, Any]) -> Session:

@@ -15,6 +15,7 @@ from mmchat.errors import MmchatError, OptionError, PromptError, SessionError
 
 if TYPE_CHECKING:
     from mmchat.context import Policy
+    from mmchat.runtime import Runtime
 
 debug = False  # set by --debug
 
@@ -66,6 +67,19 @@ class Opening:
     store: str | None
     context: int | None
     threads: int | None
+
+    def open(self, *, store_cap_bytes: int | None = None) -> Runtime:
+        """Raises what mmchat.open raises."""
+        import mmchat
+
+        return mmchat.open(
+            self.model,
+            engine=self.engine,
+            store=self.store,
+            store_cap_bytes=store_cap_bytes,
+            context_rows=self.context,
+            n_threads=self.threads,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import importlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-import mmchat
 from mmchat.cli.options import Opening, UsageError, say
 from mmchat.errors import RegressError
 from mmchat.profile import state_folder
@@ -87,14 +86,8 @@ def _run(opening: Opening, wanted: Wanted, talks: tuple[talk.Talk, ...]) -> Outc
     from mmchat.regress import hunt
 
     with tempfile.TemporaryDirectory(prefix="mmchat-") as folder:
-        runtime = mmchat.open(
-            opening.model,
-            engine=opening.engine,
-            store=opening.store or folder,  # an empty one: pictures are to be encoded
-            store_cap_bytes=None if opening.store else STORE_BYTES,
-            context_rows=opening.context,
-            n_threads=opening.threads,
-        )
+        # An empty store: pictures are to be encoded.
+        runtime = opening.open() if opening.store else replace(opening, store=folder).open(store_cap_bytes=STORE_BYTES)
         with runtime:
             say("loading the model")
             if talks:
