@@ -32,6 +32,8 @@ from mmchat.probe_runs import Runs
 from mmchat.profile import Profile, state_folder
 from mmchat.worker import Worker
 
+_CHOOSING = ("repeats", "append", "prefix", "ladder")  # the strategy follows from these
+
 
 @dataclass(frozen=True)
 class Report:
@@ -131,6 +133,9 @@ class _Calibration:
                     continue
                 self._step = Step(number, len(probes), title)
                 self._say(self._step)
+                if name in _CHOOSING and "pictures" in self._profile.probes:  # which were asked by another choice
+                    kept = {one: result for one, result in self._profile.probes.items() if one != "pictures"}
+                    self._profile.update(probes=kept)
                 try:
                     self._worker.ready()
                 except MmchatError as error:  # after a crash
@@ -183,11 +188,15 @@ class _Calibration:
         if shown.get("bound") is False or untold or shown.get("strategy") == "resend":
             chosen.update(strategy="resend", rewinds=False, chunks=False)
         lengths, speed = probes["ladder"], probes["speed"]
+        if lengths:
+            chosen.update(
+                worked_rows=max(lengths.get("worked", []), default=0), crashed_rows=sorted(lengths.get("crashed", []))
+            )
+        else:  # then what chats have learned stays
+            del chosen["safe_rows"]
         self._profile.update(
             **chosen,
             end_in_kv=probes["append"].get("end_in_kv"),
-            worked_rows=max(lengths.get("worked", []), default=0),
-            crashed_rows=sorted(lengths.get("crashed", [])),
             prefill_rows_per_s=_rows_per_s(lengths) or speed.get("prefill_rows_per_s"),
             decode_tokens_per_s=speed.get("decode_tokens_per_s"),
             encode_s_per_slice=probes["encoder"].get("s_per_slice"),
@@ -253,7 +262,12 @@ def _advice(
             f"only {shown['named']} of {shown['asked']} answers name the right picture's colour: ask the same on a PC, "
             "and if the model answers better there, this one was quantised badly or its encoder does not fit"
         )
-    if profile.strategy == "resend":
+    if stopped is not None:
+        yield (
+            f"the model did not load again after a crash ({stopped}): restart the board and run "
+            "mmchat calibrate again, which goes on there"
+        )
+    elif profile.strategy == "resend":
         yield f"every turn prefills the whole conversation: RKLLM {facts['version']} keeps nothing to rely on"
     elif profile.strategy == "append":
         yield "a turn prefills what is new; an edited or regenerated turn prefills everything"
@@ -263,11 +277,6 @@ def _advice(
         yield (
             f"yet {shown['n_prefilled']} rows were prefilled in a chat where {shown['n_new']} were new: what the "
             "library says it keeps does not add up"
-        )
-    if stopped is not None:
-        yield (
-            f"the model did not load again after a crash ({stopped}): restart the board and run "
-            "mmchat calibrate again, which goes on there"
         )
     if odd := probes["ladder"].get("odd"):
         yield f"runs of {', '.join(map(str, odd))} rows crashed once and then worked: look at power supply and memory"

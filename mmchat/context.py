@@ -41,12 +41,12 @@ Step = Literal["overview", "line", "turns"]
 # A picture becomes a line only where that saves this part of its rows.
 _LINE_SAVES = 1 / 3
 _DESCRIPTION_CHARS = 100
-# Letters of scripts that put no spaces between words (Thai to Khmer, Chinese, Japanese), or particles at their ends
-# (Korean): a word may begin or end beside them.
-UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
+# Letters of scripts without spaces between words (Thai to Khmer, Chinese, Japanese): a word begins and ends anywhere.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+HANGUL = r"\u1100-\u11ff\uac00-\ud7ff"  # Korean puts particles at the ends of words
+_MENTION = re.compile(
+    rf"(?:(?<![\w@])|(?<=[{UNSPACED}{HANGUL}]))@(img[1-9][0-9]{{0,8}})(?:(?!\w)|(?=[{UNSPACED}{HANGUL}]))"
 )
-_MENTION = re.compile(rf"(?:(?<![\w@])|(?<=[{UNSPACED}]))@(img[1-9][0-9]{{0,8}})(?:(?!\w)|(?=[{UNSPACED}]))")
 
 Part = str | ImageHandle
 

@@ -205,6 +205,11 @@ def open_image(
     raise ImageError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
 
 
+def is_picture_name(path: Path) -> bool:
+    """By its suffix; of a folder's files.  Not what is hidden: macOS puts ._x.png, which is none, beside x.png."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int = MAX_PIXELS) -> Image:
     """source as an RGB image of its full size (open_image and OpenedImage.read in one)."""
     with open_image(source, reference=reference, max_pixels=max_pixels) as opened:
@@ -214,17 +219,19 @@ def read_image(source: ImageSource, *, reference: bool = False, max_pixels: int 
 def to_file(image: Image, *, lossy: bool = False) -> bytes:
     """An RGB image as a file's content: the same pixels as WebP, or as PNG where it is too large for that.
 
-    lossy: JPEG, much smaller, with other pixels.  No metadata: Pillow would hand on a comment, or a colour profile.
+    lossy: JPEG, much smaller, with other pixels.  No metadata: what Pillow hands on from info differs by version.
     """
     from PIL import features
 
+    image = image.copy()
+    image.info = {}
     file = io.BytesIO()
     if lossy and max(image.size) <= _JPEG_SIDE:
-        image.save(file, "JPEG", quality=_JPEG_QUALITY, comment=b"")
+        image.save(file, "JPEG", quality=_JPEG_QUALITY)
     elif max(image.size) <= _WEBP_SIDE and features.check("webp"):
         image.save(file, "WEBP", lossless=True, quality=0, method=0)  # quality: here the time to be spent
     else:
-        image.save(file, "PNG", compress_level=1, icc_profile=None)
+        image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -32,6 +32,11 @@ from mmchat.rknn_file import RknnFile, read_rknn
 from mmchat.slicing import Size, SlicePlan, plan_slices
 
 DEMO = "demo"
+# The end of a sentence about the CPU engine.
+OPENVINO_CURE = (
+    "which needs the package openvino: pip install openvino (on aarch64 its wheels need glibc 2.35: Ubuntu 22.04, "
+    "Debian 12)"
+)
 BOARD_FILE = "mmchat.json"
 # Rows of RKLLM's context that are never used: its own check leaves 4 free, and a shift must not happen.
 MARGIN_ROWS = 32

@@ -19,7 +19,7 @@ from mmchat.engine import Engine
 from mmchat.errors import ModelDirError
 from mmchat.forecast import Outlook, of_board
 from mmchat.llm_proc import LlmClient, Rkllm
-from mmchat.model_dir import DEMO, ModelSpec, cpu_caches, open_model
+from mmchat.model_dir import DEMO, OPENVINO_CURE, ModelSpec, cpu_caches, open_model
 from mmchat.profile import Profile, state_folder
 from mmchat.prompt import ChatTokenizer
 from mmchat.rkllm_detect import LIBRARY, LIBRARY_FOLDERS
@@ -172,11 +172,8 @@ def open(
         raise ModelDirError(f'{spec.folder}: has no model for RKLLM (*.rkllm); use engine="openvino"')
     if engine == "openvino" and spec.board:
         raise ModelDirError(f'{spec.folder}: has no weights for OpenVINO\'s LLM; use engine="rkllm"')
-    if not (spec.board and spec.board.rknn) and importlib.util.find_spec("openvino") is None:
-        raise ModelDirError(
-            f"{spec.folder}: runs on the CPU engine, which needs the package openvino: pip install openvino "
-            "(on aarch64 its wheels need glibc 2.35: Ubuntu 22.04, Debian 12)"
-        )
+    if spec.board is None and importlib.util.find_spec("openvino") is None:
+        raise ModelDirError(f"{spec.folder}: runs on the CPU engine, {OPENVINO_CURE}")
     limit = spec.context_of(context_rows)
     rkllm = _rkllm(spec) if spec.board else None
     cap_bytes = default_cap(os.environ) if store_cap_bytes is None else store_cap_bytes

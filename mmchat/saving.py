@@ -49,6 +49,7 @@ FORMS = ("original", "reencoded", "jpeg", "none")
 
 # Pixels above which a picture that came without a file is kept packed (1 s for 12 megapixels), not as they are.
 _PLAIN_PX = 4_000_000
+_GONE = "0" * 16  # how keys of nothing begin
 _USAGE: dict[str, type] = {name: type(value) for name, value in Usage().to_dict().items()}
 _LOG = logging.getLogger("mmchat")
 
@@ -327,9 +328,10 @@ class Restored:
                 slices = slice_image(opened.read(at_least=plan.refined or plan.source), plan)
         except (BundleError, ImageError) as error:
             self.notes.append(f"{saved.id} ({saved.name or 'a picture'}) cannot be seen any more: {error}")
-            self.has_less = True
+            self.has_less |= not all(key.startswith(_GONE) for key in saved.keys)
             nothing = f"gone {saved.keys} {self._spec.encoder_digest}"
-            return tuple(hashlib.sha256(f"{nothing} {i}".encode()).hexdigest() for i in range(plan.n_inputs))
+            digests = (hashlib.sha256(f"{nothing} {i}".encode()).hexdigest() for i in range(plan.n_inputs))
+            return tuple(_GONE + digest[len(_GONE) :] for digest in digests)
         return tuple(slice_key(pixels, self._spec.encoder_digest) for pixels in slices)
 
     def _borrowed(self, keys: Sequence[str]) -> dict[str, str]:

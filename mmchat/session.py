@@ -318,13 +318,15 @@ class Session:
             that came without a file is kept without loss.
         embeddings: keep them too, so that nothing need be encoded again where the same model runs.
 
-        None: as the file that autosave keeps up to date has it, where that is written anew; else "original", without.
+        None: as the file that autosave keeps up to date has it, where that is written anew; else "original", without
+            embeddings.
 
         Raises BundleError: it cannot be written, or another conversation is being saved there.
         """
         is_own = self.saved_to is not None and same_place(self.saved_to, path)
         form, with_rows = (self.saved_form, self.saves_embeddings) if is_own else ("original", False)
-        keeper = self._keeper_of(images or form, with_rows if embeddings is None else embeddings)
+        form = form if images is None else images
+        keeper = self._keeper_of(form, (with_rows and form != "jpeg") if embeddings is None else embeddings)
         record = self._saved(keeper)
         if is_own:
             with self.claim("saving"):
@@ -618,9 +620,9 @@ class Session:
         try:
             if base is not None and base >= len(self._turns):
                 raise SessionError(f"turn {base + 1}, which was to be replaced, is not there any more")
-            if base is not None and is_newest and base + 1 < len(self._turns):
-                raise SessionError(f"turn {base + 1}, which was to be answered again, is not the last any more")
             question = self._question(prepared, turns)
+            if base is not None and is_newest and [turn.parts for turn in self._turns[base:]] != [question]:
+                raise SessionError(f"turn {base + 1}, which was to be answered again, is not the last any more")
             marks = self._marks.of(turns)
             if base is not None:
                 marks = _carried_over(self._marks, marks, self._turns, base, question)
@@ -796,7 +798,7 @@ class Reply:
     ) -> None:
         """base: how many turns of the session it comes after, in place of what is there; None: all.
 
-        is_newest: what is there must be one turn, when it runs.
+        is_newest: what is there must be one turn, of the same question, when it runs.
         """
         if sampling.seed is None:  # drawn here, so that a crashed worker's successor goes on with the same one
             sampling = replace(sampling, seed=time.time_ns() & 0x7FFF_FFFF)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from mmchat.child import Handler
 from mmchat.engine import Encoded
-from mmchat.errors import EngineError, ImageError
-from mmchat.model_dir import ModelSpec, open_model
+from mmchat.errors import EngineError, ImageError, ModelDirError
+from mmchat.model_dir import OPENVINO_CURE, ModelSpec, open_model
 from mmchat.store import Store
 from mmchat.worker import Exclusive, Worker
 
@@ -128,8 +128,10 @@ def _encoder(spec: ModelSpec, config: dict[str, Any]) -> Encoder:
         from mmchat.rknn_vision import RknnEncoder
 
         return RknnEncoder(spec.board, spec.vision, log=config["log"])
-    from mmchat.openvino_vision import open_encoder
-
+    try:
+        from mmchat.openvino_vision import open_encoder
+    except ModuleNotFoundError:
+        raise ModelDirError(f"{spec.folder}: its encoder runs on the CPU engine, {OPENVINO_CURE}") from None
     return open_encoder(spec, config["n_threads"])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mmchat
-from mmchat.bench import chat, host, record, work
+from mmchat.bench import chat, host, record, rehearsal, work
 from mmchat.bench.board import Work, predicted_s
 from mmchat.bench.conversations import EIGHT, OVERFLOW, STANDARD, Ask, Conversation, Rewind
 from mmchat.bench.pictures import draw
@@ -218,9 +218,9 @@ def test_bench_work_on_the_demo_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {name: saved[name] for name in ("conversations", "overflow_curve", "rehearsals")} == {
         name: told[name] for name in ("conversations", "overflow_curve", "rehearsals")
     }
-    assert [(one["name"][:2], one["keep"]) for one in told["rehearsals"]] == [
-        ("30", 1.0), ("30", 0.5), ("30", 1.0), ("30", 0.5),
-    ]  # fmt: skip
+    assert [(one["name"], one["keep"]) for one in told["rehearsals"]] == [
+        (name, keep) for name in rehearsal._SCRIPTS for keep in (1.0, 0.5)
+    ]
     assert "Predicted, not measured" in (tmp_path / "benchmarks" / "work.md").read_text()
 
 

@@ -278,6 +278,22 @@ def test_what_failed_for_a_missing_package_runs_again(
 
 
 @pytest.mark.usefixtures("short_ladder")
+def test_pictures_are_asked_again_where_the_choice_may_be_another(
+    board: Any, sight: Sight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = board()
+    with monkeypatch.context() as patch:
+        patch.setattr(probes, "prefix", lambda runs: (_ for _ in ()).throw(EngineError("busy")))
+        patch.setattr(probes, "append", lambda runs: (_ for _ in ()).throw(EngineError("busy")))
+        report = run(folder, sight=sight)
+    assert (report.profile.strategy, report.probes["pictures"]["strategy"]) == ("resend", "resend")
+    said: list[str] = []
+    report = run(folder, sight=sight, say=lambda step: said.append(step.title))
+    assert "is every picture found again" in said
+    assert (report.profile.strategy, report.probes["pictures"]["strategy"]) == ("prefix", "prefix")
+
+
+@pytest.mark.usefixtures("short_ladder")
 def test_a_file_that_was_damaged_is_measured_anew_when_it_is_whole(board: Any) -> None:
     folder = board()
     text = (folder / "mmchat.json").read_text()
@@ -318,6 +334,8 @@ def test_after_a_crash_of_an_early_probe_the_rest_waits_for_the_restart(
     assert any("(rkllm_init returned -1): restart the board" in text for text in report.advice)
     assert not any("different answers" in text for text in report.advice)
     assert "not known" in _to_text(report)
+    assert "None" not in _to_text(report)
+    assert not any("keeps nothing to rely on" in text for text in report.advice)
     lost.append("restarted")
     report = run(folder)
     assert report.profile.strategy == "prefix"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -419,6 +420,7 @@ def test_image_ids_count_the_pictures_that_are_sent() -> None:
         ("看一下@img1的颜色，@img2の色は？", ["img1", "img2"]),
         ("@img3은 무엇입니까, เทียบ@img4กับ", ["img3", "img4"]),
         ("é@img1 @img2é я@img3", []),
+        (unicodedata.normalize("NFD", "@img3은"), ["img3"]),
     ],
 )
 def test_what_is_a_mention(text: str, names: list[str]) -> None:

@@ -45,8 +45,7 @@ def test_the_readmes_commands_are_taken(line: str) -> None:
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
-    command.make_context("mmchat", words)
-    assert line.split()[1] in command.name or line.split()[2] == command.name
+    command.make_context("mmchat", words)  # raises for what it does not know
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,8 @@ def test_jpeg_is_smaller(setup: Setup, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(300, 200), (16_400, 8)], ids=["webp", "png"])
 def test_what_is_made_anew_has_no_metadata(setup: Setup, file: Path, form: str, size: tuple[int, int]) -> None:
     """Not the comment, which Pillow's JPEG would have taken over, nor the colour profile, which its PNG would."""
-    data = jpeg(photo(size), comment=b"HOME OF ALICE", icc_profile=b"HOME OF ALICE" * 20)
+    alice = b"HOME OF ALICE"
+    data = jpeg(photo(size), comment=alice, icc_profile=alice * 20, xmp=alice)
     setup.ask("Yes.", "What?", images=[data])
     setup.chat.save(file, images="original")
     assert b"HOME OF ALICE" in file.read_bytes()
@@ -245,6 +246,10 @@ def test_the_own_file_is_written_anew_in_the_form_it_has(setup: Setup, file: Pat
     assert b"secret place" not in file.read_bytes()
     setup.chat.save(tmp_path / "copy")
     assert b"secret place" in (tmp_path / "copy").read_bytes()
+    setup.chat.save(file, images="jpeg")
+    assert (setup.chat.saved_form, setup.chat.saves_embeddings) == ("jpeg", False)
+    with pytest.raises(BundleError, match="images is ''"):
+        setup.chat.save(file, images="")
     setup.chat.save(file, images="none", embeddings=False)
     assert (setup.chat.saved_form, setup.chat.saves_embeddings) == ("none", False)
 
@@ -453,8 +458,8 @@ def test_going_on_with_another_encoder_keeps_what_the_first_can_use(setup: Setup
     other = Other(setup.store.root, other_encoder()).load(file, autosave=True)
     assert other.notes[-1] == f"the file as it was is kept as {file.name}.before"
     other.autosave(None)
-    again = Other(setup.store.root, other_encoder()).load(file, autosave=True)  # once is enough
-    again.autosave(None)
+    for spec in (other_encoder(), SPEC, other_encoder()):  # once is enough
+        Other(setup.store.root, spec).load(file, autosave=True).autosave(None)
     before = file.with_name(f"{file.name}.before")
     assert before.read_bytes() == data
     assert sorted(path.name for path in file.parent.glob(f"{file.name}*")) == [file.name, before.name]

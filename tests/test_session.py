@@ -316,7 +316,8 @@ class Conversations(RuleBasedStateMachine):
         self.oracle.turns.append(Known(tuple(question), seen, reply))
         assert reply.text == turn.text == seen
         assert turn.usage is reply.usage_so_far
-        slices = [key for handle in turn.images for key in handle.keys]
+        sent = {piece.key for piece in pieces if isinstance(piece, ImageRows)}  # not what is forgotten already
+        slices = [key for handle in turn.images for key in handle.keys if key in sent]
         if whole:
             assert usage.n_new == len(turn.ids)
             assert usage.slices_encoded + usage.slices_cached == len(slices) + n_lost
@@ -987,6 +988,11 @@ def test_only_the_newest_turn_is_answered_again(setup: Setup) -> None:
     with pytest.raises(SessionError, match="turn 1, which was to be answered again, is not the last any more"):
         again.text  # noqa: B018
     assert [turn.text for turn in setup.chat.turns] == ["One.", "Two."]
+    again = setup.chat.regenerate()
+    setup.chat.undo()
+    setup.ask("Three.", "3")
+    with pytest.raises(SessionError, match="turn 2, which was to be answered again, is not the last any more"):
+        again.text  # noqa: B018
     replies = [setup.chat.regenerate(), setup.chat.regenerate()]
     assert [setup.says(text) and reply.text for text, reply in zip(("a", "b"), replies, strict=True)] == ["a", "b"]
     assert [turn.text for turn in setup.chat.turns] == ["One.", "b"]

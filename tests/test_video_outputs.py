@@ -293,6 +293,8 @@ def test_a_line_that_is_no_caption_is_told(line: str, tmp_path: Path) -> None:
         ("", "yes", False),
         ("图中有人。", "有人", True),
         ("사람이 있다", "사람", True),
+        ("눈사람이 있다", "사람", False),
+        ("질문이 있다", "문", False),
         ("который час", "кот", False),
         ("voituré", "voiture", False),
     ],

@@ -80,6 +80,7 @@ def test_one_picture_is_no_list_of_them(shape: tuple[int, ...]) -> None:
     with pytest.raises(VideoError, match="is one picture: give a list"):
         open_source(np.zeros(shape, np.uint8))
     assert len(frames_of(open_source(np.zeros((2, *shape[:2], 3), np.uint8)))[0]) == 2
+    assert len(frames_of(open_source(np.array(["a.png", "b.png"])))[0]) == 2
 
 
 def test_a_time_that_is_none_costs_its_picture() -> None:

@@ -93,6 +93,7 @@ def _to_text(report: Report) -> str:
     end = {True: "kept", False: "not kept", None: "not known"}[append.get("end_in_kv")]
     edits = "noticed" if prefix.get("rewinds") else "not noticed, or not known"  # by prefix reuse
     growth = probes["memory"].get("mb_per_run")
+    prefill, decode, no = report.profile.prefill_rows_per_s, probes["speed"].get("decode_tokens_per_s"), "not measured"
     lines = [
         ("library", f"RKLLM {facts['version']} (ABI {facts['family']}), {report.library}"),
         ("loaded in", f"{facts['load_s']:g} s"),
@@ -101,10 +102,10 @@ def _to_text(report: Report) -> str:
         ("prefix", _verdict(prefix)),
         ("other picture", edits),
         ("abort", _abort(abort)),
-        ("runs", f"of up to {max(ladder.get('worked', []), default=0)} rows work{_crashes(ladder)}"),
-        ("memory", "not measured" if growth is None else f"{growth} MB per run"),
-        ("prefill", f"{report.profile.prefill_rows_per_s} rows/s"),
-        ("decode", f"{probes['speed'].get('decode_tokens_per_s')} tokens/s"),
+        ("runs", f"of up to {max(ladder.get('worked', []), default=0)} rows work{_crashes(ladder)}" if ladder else no),
+        ("memory", no if growth is None else f"{growth} MB per run"),
+        ("prefill", no if prefill is None else f"{prefill} rows/s"),
+        ("decode", no if decode is None else f"{decode} tokens/s"),
         ("encoder", _encoder(probes["encoder"])),
         ("pictures", _pictures(probes["pictures"])),
         ("strategy", f"{report.profile.strategy}, written to {report.profile.path}"),

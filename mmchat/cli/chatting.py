@@ -178,7 +178,8 @@ class _Repl:
             say(describe(error))
         except KeyboardInterrupt:
             self.is_interrupted = True
-            say("interrupted")
+            if sys.stdin.isatty():  # else chat() says it, and ends
+                say("interrupted")
         return True
 
     @property

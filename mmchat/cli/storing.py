@@ -61,8 +61,11 @@ def clear(folder: str | None, as_json: bool) -> None:
 
 
 def _open(folder: str | None) -> Store:
-    if folder and not (Path(os.path.expanduser(folder)) / "data").is_dir():
-        raise StoreError(f"{folder}: holds no embeddings")  # and should not hold a store's folders after a look
+    if named := folder or os.environ.get("MMCHAT_STORE"):
+        place = Path(os.path.expanduser(named))
+        # A look should not make a store where none is; of one that cannot be written the spare folder may have all.
+        if not (place / "data").is_dir() and (not place.is_dir() or os.access(place, os.W_OK)):
+            raise StoreError(f"{named}: holds no embeddings")
     return open_store(folder, default_cap(os.environ), os.environ)
 
 

@@ -21,7 +21,7 @@ import mmchat
 from mmchat.compare.encoders import BareEncoder, cut, plan_of
 from mmchat.compare.facts import Compared, Said, compare_answers, compare_slices
 from mmchat.errors import ImageError
-from mmchat.images import read_image
+from mmchat.images import is_picture_name, read_image
 from mmchat.model_dir import ModelSpec, open_model
 from mmchat.store import Store, slice_key
 
@@ -55,8 +55,7 @@ def pictures_in(folder: Path, most: int | None = None) -> list[Path]:
     """The pictures of a folder, by name.  Raises ImageError: no such folder, no picture in it, or one is damaged."""
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder of pictures")
-    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    found = sorted(path for path in files if not path.name.startswith("."))[:most]  # macOS has ._x.png beside x.png
+    found = sorted(path for path in folder.iterdir() if is_picture_name(path) and path.is_file())[:most]
     if not found:
         raise ImageError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
     for path in found:

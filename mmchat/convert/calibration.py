@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mmchat.embed_table import EmbedTable
 from mmchat.embedding import assemble
 from mmchat.errors import ModelDirError
-from mmchat.images import SUFFIXES, read_image
+from mmchat.images import is_picture_name, read_image
 from mmchat.model_dir import ModelSpec
 from mmchat.prompt import ChatTokenizer, Message, Picture, Text, render
 from mmchat.slicing import plan_slices, slice_image
@@ -30,7 +30,7 @@ _DRAWN = ((1.0, 1.0), (3.1, 1.7), (0.9, 2.6), (0.4, 0.3))
 def pictures_in(folder: Path) -> list[Path]:
     """Raises ModelDirError: no folder, or no pictures in it."""
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        found = sorted(path for path in folder.iterdir() if is_picture_name(path))
     except OSError as error:
         raise ModelDirError(
             f"{folder}: cannot be read ({error.strerror or error}); give a folder of pictures"

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 
-from mmchat.context import UNSPACED
+from mmchat.context import HANGUL, UNSPACED
 from mmchat.errors import VideoError
 from mmchat.video.values import Caption
 
@@ -20,7 +20,7 @@ def matches(text: str, wanted: str) -> bool:
     """Whether the words stand in the text, as whole words where a script has spaces, in upper or lower case."""
     wanted = wanted.strip()
     before = rf"(?:(?<!\w)|(?<=[{UNSPACED}])|(?=[{UNSPACED}]))"
-    after = rf"(?:(?!\w)|(?=[{UNSPACED}])|(?<=[{UNSPACED}]))"
+    after = rf"(?:(?!\w)|(?=[{UNSPACED}{HANGUL}])|(?<=[{UNSPACED}]))"
     return re.search(before + re.escape(wanted) + after, text, re.IGNORECASE) is not None
 
 

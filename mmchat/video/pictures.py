@@ -64,8 +64,9 @@ class Arrays:
         """Raises VideoError: an impossible rate, or one picture where several are needed."""
         if not (math.isfinite(rate) and rate > 0):
             raise VideoError(f"rate is {rate!r}; it must be a number of pictures per second above 0")
-        if isinstance(pictures, np.ndarray) and (pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[2] <= 4)):
-            raise VideoError(f"an array of shape {pictures.shape} is one picture: give a list of pictures")
+        shape: tuple[int, ...] = pictures.shape if isinstance(pictures, np.ndarray) else ()
+        if len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4):
+            raise VideoError(f"an array of shape {shape} is one picture: give a list of pictures")
         self.name, self.live, self.rate = name, live, rate
         self._pictures, self._shown = pictures, 1 / rate
 
@@ -78,7 +79,7 @@ class Arrays:
             if stop.is_set():
                 return
             seconds, picture = _timed(item, number * self._shown)
-            if not math.isfinite(seconds):
+            if not self.live and not math.isfinite(seconds):
                 yield Notice(f"{self.name}: picture {number} skipped: its time is {seconds}", bad_frame=True)
                 continue
             read = _reader(picture)

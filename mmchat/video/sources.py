@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmchat.errors import VideoError
-from mmchat.images import SUFFIXES
+from mmchat.images import SUFFIXES, is_picture_name
 from mmchat.video.decoding import Video, is_address, public
 from mmchat.video.live import Stream, open_live
 from mmchat.video.pictures import Arrays, Pictures
@@ -42,7 +42,7 @@ def open_source(source: str | os.PathLike[str] | Source | Iterable[Any]) -> Sour
         return Stream(text)
     try:
         if path.is_dir():
-            return Pictures(text, [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES])
+            return Pictures(text, [file for file in path.iterdir() if is_picture_name(file)])
         if not path.exists():
             if glob.has_magic(text):
                 found = [Path(file) for file in glob.glob(text, recursive=True)]
