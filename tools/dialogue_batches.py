@@ -29,7 +29,7 @@ MAX_ROWS = 1024
 # How much more often than in tools.scene_talk training asks what is learned late, and less what is learned soon.
 EMPHASIS = {
     "exists": 1.6, "which": 1.5, "same_background": 1.2, "which_text": 2.0, "count_kind": 1.4, "no_text": 1.4,
-    "shape": 1.8, "color": 1.2, "at": 1.4, "text": 1.2, "more": 1.5, "background": 0.6, "backgrounds": 0.5,
+    "shape": 2.4, "color": 1.2, "at": 1.4, "text": 1.2, "more": 1.5, "background": 0.6, "backgrounds": 0.5,
     "n_images": 0.4,
 }  # fmt: skip
 # By the number of pictures in a short dialogue: how many of them are cut.  Training has fewer: reading is learned from
