@@ -20,7 +20,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,13 +104,18 @@ def keep(image: Image) -> tuple[Callable[[], bytes], Callable[[], str]]:
 
     size = image.size
     if size[0] * size[1] > _PLAIN_PX:
-        data = to_file(image)
-        return lambda: data, lambda: hashlib.sha256(data).hexdigest()
+        packed = _packer().submit(to_file, image.copy())  # who asks about a frame of a video does not wait for it
+        return packed.result, lambda: hashlib.sha256(packed.result()).hexdigest()
     pixels = image.tobytes()
     return (
         lambda: to_file(pil.frombytes("RGB", size, pixels)),
         lambda: hashlib.sha256(f"{size[0]}x{size[1]} ".encode() + pixels).hexdigest(),
     )
+
+
+@cache
+def _packer() -> Executor:
+    return ThreadPoolExecutor(1, thread_name_prefix="mmchat-packer")
 
 
 class Keeper:

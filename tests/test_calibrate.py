@@ -89,8 +89,8 @@ def test_answers_longer_than_what_is_compared_change_nothing(
     family: str, board: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to 1.2.3 they are aborted, and an aborted run has no counters."""
-    monkeypatch.setattr(probe_runs, "EQUAL_TOKENS", 2)
-    monkeypatch.setattr(probes, "EQUAL_TOKENS", 2)
+    monkeypatch.setattr(probe_runs, "EQUAL_TOKENS", 3)
+    monkeypatch.setattr(probes, "EQUAL_TOKENS", 3)
     report = run(board(family))
     assert (report.profile.strategy, report.profile.rewinds) == ("prefix", True)
 

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
 import pytest
@@ -605,7 +606,9 @@ def test_ctrl_c_stops_the_answer_not_the_chat(terminal: Terminal, tmp_path: Path
 
 
 @pytest.mark.parametrize("line", ["What is this?", "/undo"])
-def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a large picture is cut, or pressed twice, so that the second one comes when the answer is over."""
 
     class Interrupted:
@@ -616,6 +619,7 @@ def test_ctrl_c_around_an_answer_does_not_end_the_chat_either(line: str, capsys:
 
         undo = ask
 
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     session: Any = Interrupted()
     repl = _Repl(session, Talk(None, None, False, False, False), session, [], Keeping())
     try:

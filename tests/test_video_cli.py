@@ -147,21 +147,27 @@ def test_kills_at_any_moment_lose_and_double_no_line(mode: tuple[str, ...], tmp_
     expected = facts(whole)
     assert len(expected) > 20
     rng = random.Random(str(mode))
-    n_seen = 0
-    for _ in range(many(1, 34)):
+    n_seen = n_interrupted = 0
+    for number in range(many(1, 34)):
         process = caption_child(tmp_path / "store", *words, "-o", out, "-o", subtitles, "--resume")
-        time.sleep(rng.uniform(0.2, took_s))
+        if number > 0:
+            time.sleep(rng.uniform(0.2, took_s))
+        while number == 0 and not (out.exists() and b"\n" in out.read_bytes()):  # one hits for certain
+            assert process.poll() is None
+            time.sleep(0.005)
         process.kill()
         process.communicate()
         if out.exists():
             kept = out.read_text()[: out.read_text().rfind("\n") + 1].splitlines()
             assert len(kept) >= n_seen
             n_seen = len(kept)
+            n_interrupted += 0 < n_seen < len(expected)
         if n_seen == len(expected):  # it was quicker than the kill: begin anew
             assert facts(out) == expected
             out.unlink()
             subtitles.unlink()
             n_seen = 0
+    assert n_interrupted
     process = caption_child(tmp_path / "store", *words, "-o", out, "-o", subtitles, "--resume")
     assert process.communicate(timeout=600) == (b"", b"")
     assert process.returncode == 0
