@@ -17,7 +17,6 @@ What a run costs on the NPU beside time, and memory that is not the process's ow
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from mmchat.probe_runs import Runs
 from mmchat.profile import Profile, state_folder
 from mmchat.worker import Worker
 
+_PROBES = ("files", "abort", "repeats", "append", "prefix", "speed", "ladder", "memory", "encoder", "pictures")
 _CHOOSING = ("repeats", "append", "prefix", "ladder")  # the strategy follows from these
 
 
@@ -180,7 +180,7 @@ class _Calibration:
 
     def _conclude(self, facts: dict[str, Any], stopped: str | None) -> Report:
         """stopped: why the model did not load again."""
-        probes = _also_lacking(self._profile.probes)
+        probes = with_lacking(self._profile.probes)
         chosen = _chosen(probes)
         shown = probes["pictures"]
         # By the encoder's worker it may crash: that says nothing of the LLM's cache.
@@ -205,14 +205,14 @@ class _Calibration:
         return Report(self._library, self._profile, facts, dict(self._profile.probes), advice)
 
 
-def _also_lacking(probes: dict[str, Any]) -> defaultdict[str, dict[str, Any]]:
-    """What was found, and nothing under the name of a probe that did not run."""
-    return defaultdict(dict, probes)
+def with_lacking(probes: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and {} under the name of a probe that did not run."""
+    return {**{name: {} for name in _PROBES}, **probes}
 
 
 def _chosen(probes: dict[str, Any]) -> dict[str, Any]:
     """The profile's findings (mmchat.rkllm_embed.Findings), from all probes but that of the pictures."""
-    probes = _also_lacking(probes)
+    probes = with_lacking(probes)
     repeats = probes["repeats"].get("good", False)
     append, prefix = probes["append"], probes["prefix"]
     worked, crashed = (probes["ladder"].get(name, []) for name in ("worked", "crashed"))
@@ -242,12 +242,10 @@ def _rows_per_s(lengths: dict[str, Any]) -> float | None:
     return round(sum(map(int, seconds)) / sum(seconds.values()), 1) if sum(seconds.values()) > 0 else None
 
 
-def _advice(
-    facts: dict[str, Any], probes: defaultdict[str, dict[str, Any]], profile: Profile, stopped: str | None
-) -> Iterator[str]:
+def _advice(facts: dict[str, Any], probes: dict[str, Any], profile: Profile, stopped: str | None) -> Iterator[str]:
     if not probes["files"].get("good", True):
         yield probes["files"]["why"]
-    for name, result in list(probes.items()):
+    for name, result in probes.items():
         if "crashed" in result and name != "ladder":
             yield f"the probe {name!r} crashed ({result['crashed']}): what it would have found counts as not working"
         if "failed" in result:

@@ -15,9 +15,11 @@ CONVERT_STATE = ".mmchat-convert.json"  # llm-checkpoint, vision-onnx (outputs.W
 BOARD_STATE = ".mmchat-board.json"  # board (convert.steps)
 PULL_RECORD = ".mmchat-pull.json"
 _BOARD_FILE = "mmchat.json"
-# What pull --only fetches, and what it is.
-_PARTS = {"embed_table.safetensors": "the token rows", "vision.safetensors": "the vision encoder"}
-_PARTS_OF = {"embed_table.safetensors": "table", "vision.safetensors": "vision"}  # as mmchat pull --only has them
+# What pull --only fetches: its word for that, and what it is.
+_PARTS = {
+    "embed_table.safetensors": ("table", "the token rows"),
+    "vision.safetensors": ("vision", "the vision encoder"),
+}
 # Step -> (what its folder is, the file that it writes last, what is done with it; "": it is then a model).
 _STEPS = {
     "llm-checkpoint": (
@@ -70,8 +72,8 @@ def _parts(folder: Path) -> HalfMade | None:
     if not weights or not weights <= set(_PARTS) or any([*folder.glob("*.rkllm"), *folder.glob(".*.part")]):
         return None
     repo = record.get("repo")
-    has = " and ".join(_PARTS[name] for name in sorted(weights))
-    lacks = ["the LLM (*.rkllm) with mmchat.json", *(_PARTS[name] for name in sorted(set(_PARTS) - weights))]
+    has = " and ".join(_PARTS[name][1] for name in sorted(weights))
+    lacks = ["the LLM (*.rkllm) with mmchat.json", *(_PARTS[name][1] for name in sorted(set(_PARTS) - weights))]
     name = shlex.quote(repo) if isinstance(repo, str) else "REPO"
     return HalfMade(
         f"{folder}: parts of a checkpoint (mmchat pull --only): {has}; lacks {' and '.join(lacks)}",
@@ -90,8 +92,8 @@ def interrupted_pull(folder: Path) -> HalfMade | None:
         return None
     repo = read_state(folder / PULL_RECORD).get("repo")
     name = shlex.quote(repo) if isinstance(repo, str) else "REPO"
-    only = {f"--only {_PARTS_OF[part]} " for part in parts if part in _PARTS_OF}
-    cure = f"mmchat pull {name} {''.join(sorted(only)[:1])}--to {shlex.quote(str(folder))} goes on where it was"
+    only = next((f"--only {_PARTS[part][0]} " for part in parts if part in _PARTS), "")
+    cure = f"mmchat pull {name} {only}--to {shlex.quote(str(folder))} goes on where it was"
     return HalfMade(f"{folder}: a download that was interrupted at {', '.join(parts)}", cure)
 
 

@@ -91,8 +91,9 @@ class Session:
         self._spec, self._tokenizer, self._store = spec, tokenizer, store
         self._vision, self._engine, self._outlook = vision, engine, outlook or Outlook()
         self.system = system
-        self._max_slice_nums = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
-        spec.slices.plan((1, 1), self._max_slice_nums)  # refuses an impossible one now
+        most = spec.slices.max_slice_nums if max_slice_nums is None else max_slice_nums
+        spec.slices.plan((1, 1), most)  # refuses an impossible one now
+        self._max_slice_nums = int(most)
         self._use_image_id = bool(spec.use_image_id if use_image_id is None else use_image_id)
         self._reference_pixels = bool(reference_pixels)
         self._policy = Policy.of(policy)
@@ -113,7 +114,7 @@ class Session:
     @property
     def max_slice_nums(self) -> int:
         """The most cells that a new picture is cut into."""
-        return int(self._max_slice_nums)
+        return self._max_slice_nums
 
     @property
     def use_image_id(self) -> bool:

@@ -260,13 +260,22 @@ def test_a_model_that_does_not_load_again_says_nothing_of_lengths(board: Any, mo
     assert "mb_per_run" in report.probes["memory"]
 
 
+def failing(why: str) -> Any:
+    """A probe."""
+
+    def probe(*_: Any) -> dict[str, Any]:
+        raise EngineError(why)
+
+    return probe
+
+
 @pytest.mark.usefixtures("short_ladder")
 def test_what_failed_for_a_missing_package_runs_again(
     board: Any, sight: Sight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = board()
     with monkeypatch.context() as patch:
-        patch.setattr("mmchat.calibrate.encoder", lambda *_: (_ for _ in ()).throw(EngineError("no Lite2")))
+        patch.setattr("mmchat.calibrate.encoder", failing("no Lite2"))
         report = run(folder, sight=sight)
     assert report.probes["encoder"] == {"failed": "no Lite2"}
     assert any("'encoder' failed: no Lite2 (it runs again with the next" in text for text in report.advice)
@@ -283,8 +292,8 @@ def test_pictures_are_asked_again_where_the_choice_may_be_another(
 ) -> None:
     folder = board()
     with monkeypatch.context() as patch:
-        patch.setattr(probes, "prefix", lambda runs: (_ for _ in ()).throw(EngineError("busy")))
-        patch.setattr(probes, "append", lambda runs: (_ for _ in ()).throw(EngineError("busy")))
+        patch.setattr(probes, "prefix", failing("busy"))
+        patch.setattr(probes, "append", failing("busy"))
         report = run(folder, sight=sight)
     assert (report.profile.strategy, report.probes["pictures"]["strategy"]) == ("resend", "resend")
     said: list[str] = []
@@ -297,7 +306,6 @@ def test_pictures_are_asked_again_where_the_choice_may_be_another(
 def test_a_file_that_was_damaged_is_measured_anew_when_it_is_whole(board: Any) -> None:
     folder = board()
     text = (folder / "mmchat.json").read_text()
-    profile = Profile.open(open_model(folder), folder / LIBRARY)
     run(folder)
     profile = Profile.open(open_model(folder), folder / LIBRARY)
     bad = {"good": False, "why": "qwen.rkllm: is damaged: copy it again"}

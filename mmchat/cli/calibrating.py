@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from mmchat.calibrate import Report, Step
+from mmchat.calibrate import Report, Step, with_lacking
 from mmchat.calibrate import calibrate as run_probes
 from mmchat.cli.options import say
 from mmchat.errors import ModelDirError
@@ -88,7 +87,7 @@ def _to_json(report: Report) -> dict[str, Any]:
 
 
 def _to_text(report: Report) -> str:
-    facts, probes = report.facts, defaultdict[str, dict[str, Any]](dict, report.probes)  # some may not have run
+    facts, probes = report.facts, with_lacking(report.probes)
     append, prefix, ladder, abort = (probes[name] for name in ("append", "prefix", "ladder", "abort"))
     end = {True: "kept", False: "not kept", None: "not known"}[append.get("end_in_kv")]
     edits = "noticed" if prefix.get("rewinds") else "not noticed, or not known"  # by prefix reuse
